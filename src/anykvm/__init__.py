@@ -1,0 +1,1 @@
+"""KVM's API anywhere."""
