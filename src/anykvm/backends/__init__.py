@@ -1,0 +1,71 @@
+"""Backends: what stands behind the waist, and how one is chosen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from anykvm.backends.base import Backend as Backend
+from anykvm.backends.device import DeviceBackend as DeviceBackend
+from anykvm.backends.probe import Probe as Probe
+from anykvm.backends.probe import probe_device as probe_device
+from anykvm.backends.probe import probe_soft as probe_soft
+
+NAMES = ("auto", "soft", "device")
+"""What ``backend(name)`` accepts."""
+
+
+class Selection(NamedTuple):
+    """A chosen backend, and why it was chosen."""
+
+    backend: Backend
+    reason: str
+    probes: tuple[Probe, ...]
+    """What was probed to choose; empty when the caller named the backend."""
+
+
+def soft_backend(profile: str | None = None) -> Backend:
+    """Make the soft backend with a profile (default: its own default, ``documented``).
+
+    Raises ImportError when its compiled part is not there, ValueError for a profile it does not know.
+    """
+    # Imported only here: the CPU engine is large, and a user of /dev/kvm needs none of it.
+    from anykvm.backends.soft import SoftBackend
+
+    made: Backend = SoftBackend() if profile is None else SoftBackend(profile=profile)
+    return made
+
+
+def select(name: str = "auto", profile: str | None = None) -> Selection:
+    """Choose a backend and say why.
+
+    ``auto`` takes the kernel's KVM if it passes the self-test, else the soft backend. A profile other than ``kernel``
+    is something only the soft backend has, so with one ``auto`` means soft.
+    Raises ValueError for an unknown name or a profile the backend cannot have; ImportError as ``soft_backend``.
+    """
+    if name not in NAMES:
+        raise ValueError(f"no backend named {name!r}; there are {', '.join(NAMES)}")
+    if name == "device" or (name == "auto" and profile == "kernel"):
+        if profile not in (None, "kernel"):
+            raise ValueError(f"profile {profile!r} needs the soft backend; /dev/kvm does what the running kernel does")
+        return Selection(DeviceBackend(), "asked for", ())
+    if name == "soft":
+        return Selection(soft_backend(profile), "asked for", ())
+    if profile is not None:
+        return Selection(soft_backend(profile), f"profile {profile} exists only in the soft backend", ())
+    probe = probe_device()
+    if probe.usable:
+        return Selection(DeviceBackend(), probe.reason, (probe,))
+    return Selection(soft_backend(), f"device: {probe.reason}", (probe,))
+
+
+def backend(name: str = "auto", profile: str | None = None) -> Backend:
+    """Make a backend by name: ``auto``, ``soft`` or ``device``; ``profile`` as in ``select``.
+
+    >>> backend("device").profile
+    'kernel'
+    >>> backend("xen")
+    Traceback (most recent call last):
+    ...
+    ValueError: no backend named 'xen'; there are auto, soft, device
+    """
+    return select(name, profile).backend
