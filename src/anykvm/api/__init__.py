@@ -1,0 +1,34 @@
+"""KVM as Python objects, written only against the waist (``anykvm.backends.base``)."""
+
+from anykvm.api.exits import Answerable as Answerable
+from anykvm.api.exits import Exit as Exit
+from anykvm.api.exits import Intr as Intr
+from anykvm.api.exits import Io as Io
+from anykvm.api.exits import MemoryFault as MemoryFault
+from anykvm.api.exits import Mmio as Mmio
+from anykvm.api.exits import StaleExit as StaleExit
+from anykvm.api.exits import Unknown as Unknown
+from anykvm.api.exits_more import ApResetHold as ApResetHold
+from anykvm.api.exits_more import Debug as Debug
+from anykvm.api.exits_more import DirtyRingFull as DirtyRingFull
+from anykvm.api.exits_more import FailEntry as FailEntry
+from anykvm.api.exits_more import Hlt as Hlt
+from anykvm.api.exits_more import Hypercall as Hypercall
+from anykvm.api.exits_more import InternalError as InternalError
+from anykvm.api.exits_more import IoapicEoi as IoapicEoi
+from anykvm.api.exits_more import IrqWindowOpen as IrqWindowOpen
+from anykvm.api.exits_more import Nmi as Nmi
+from anykvm.api.exits_more import Notify as Notify
+from anykvm.api.exits_more import SetTpr as SetTpr
+from anykvm.api.exits_more import Shutdown as Shutdown
+from anykvm.api.exits_more import SystemEvent as SystemEvent
+from anykvm.api.exits_more import TprAccess as TprAccess
+from anykvm.api.exits_more import X86BusLock as X86BusLock
+from anykvm.api.exits_more import X86Rdmsr as X86Rdmsr
+from anykvm.api.exits_more import X86Wrmsr as X86Wrmsr
+from anykvm.api.kvm import Kvm as Kvm
+from anykvm.api.kvm import open as open
+from anykvm.api.memory import PAGE_SIZE as PAGE_SIZE
+from anykvm.api.memory import GuestMemory as GuestMemory
+from anykvm.api.vcpu import Vcpu as Vcpu
+from anykvm.api.vm import Vm as Vm

@@ -1,0 +1,182 @@
+"""The memory of a VM: memslots, dirty tracking, memory attributes, guest_memfd."""
+
+from __future__ import annotations
+
+import ctypes
+import errno as _errno
+from typing import NamedTuple
+
+from anykvm.abi import ioctls as n
+from anykvm.abi import structures as s
+from anykvm.api.handle import Handle
+from anykvm.api.memory import PAGE_SIZE, GuestMemory
+from anykvm.api.region import why_region_refused
+
+
+class Slot(NamedTuple):
+    """A memslot as it was last set through this API."""
+
+    guest_phys_addr: int
+    memory_size: int
+    memory: GuestMemory | None
+    """The memory behind it, kept alive for as long as the slot exists."""
+
+
+class VmMemory(Handle):
+    """The memory ioctls of ``Vm``."""
+
+    _slots: dict[int, Slot]
+
+    def map(self, memory: GuestMemory, guest_phys_addr: int, slot: int | None = None, flags: int = 0) -> int:
+        """Put all of ``memory`` at a guest-physical address; returns the slot, the lowest free one if not given.
+
+        The VM keeps ``memory`` alive, but does not close it. Raises OSError as ``set_user_memory_region``.
+        """
+        if slot is None:
+            slot = next(index for index in range(1 << 16) if index not in self._slots)
+        self.set_user_memory_region(slot, guest_phys_addr, memory.size, memory.address, flags)
+        self._slots[slot] = Slot(guest_phys_addr, memory.size, memory)
+        return slot
+
+    def unmap(self, slot: int) -> None:
+        """Delete a slot. Raises OSError: EINVAL if it does not exist."""
+        self.set_user_memory_region(slot, 0, 0, 0)
+
+    def set_user_memory_region(
+        self, slot: int, guest_phys_addr: int, memory_size: int, userspace_addr: int, flags: int = 0
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION: create, move or delete (``memory_size`` 0) a memslot.
+
+        ``userspace_addr`` need not be mapped: what the host has there when the guest touches it decides.
+        ``flags`` is KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY.
+        Raises OSError: EINVAL for unaligned or impossible fields, EEXIST for an overlap with another slot.
+        """
+        fields = {
+            "slot": slot,
+            "guest_phys_addr": guest_phys_addr,
+            "memory_size": memory_size,
+            "userspace_addr": userspace_addr,
+            "flags": flags,
+        }
+        self._set_region(n.KVM_SET_USER_MEMORY_REGION, s.kvm_userspace_memory_region(**fields), fields)
+
+    def set_user_memory_region2(
+        self,
+        slot: int,
+        guest_phys_addr: int,
+        memory_size: int,
+        userspace_addr: int,
+        flags: int = 0,
+        guest_memfd: int = 0,
+        guest_memfd_offset: int = 0,
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2: as the first, with private memory from a guest_memfd.
+
+        Raises OSError: as ``set_user_memory_region``; EBADF for a descriptor that is not open, EEXIST when its range is
+        bound to another slot.
+        """
+        fields = {
+            "slot": slot,
+            "guest_phys_addr": guest_phys_addr,
+            "memory_size": memory_size,
+            "userspace_addr": userspace_addr,
+            "flags": flags,
+            "guest_memfd": guest_memfd,
+            "guest_memfd_offset": guest_memfd_offset,
+        }
+        self._set_region(n.KVM_SET_USER_MEMORY_REGION2, s.kvm_userspace_memory_region2(**fields), fields)
+
+    def _set_region(self, request: int, region: ctypes.Structure, fields: dict[str, int]) -> None:
+        slot, size = fields["slot"], fields["memory_size"]
+        self._call(request, region, fields, lambda errno: why_region_refused(errno, fields, self._slots))
+        old = self._slots.pop(slot, None)
+        if size:
+            self._slots[slot] = Slot(fields["guest_phys_addr"], size, old.memory if old else None)
+
+    def get_dirty_log(self, slot: int, pages: int | None = None) -> bytes:
+        """KVM_GET_DIRTY_LOG: a bitmap of the slot's pages, bit 0 of byte 0 the first.
+
+        ``pages`` is needed only for a slot that was not set through this object.
+        Raises OSError: ENOENT for a slot that is absent or not logged, ENXIO with a dirty ring instead of bitmaps.
+        """
+        bitmap = self._bitmap(slot, pages)
+        log = s.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
+        self._call(n.KVM_GET_DIRTY_LOG, log, {"slot": slot}, _why_log)
+        return bytes(bitmap)
+
+    def clear_dirty_log(self, slot: int, first_page: int, num_pages: int, bitmap: bytes) -> None:
+        """KVM_CLEAR_DIRTY_LOG: forget the pages set in ``bitmap``, whose bit 0 is ``first_page``.
+
+        Raises OSError: EINVAL unless both numbers are multiples of 64 within the slot (``num_pages`` may reach its
+        end), ENOENT and ENXIO as ``get_dirty_log``.
+        """
+        size = (num_pages + 63) // 64 * 8
+        data = (ctypes.c_uint8 * size).from_buffer_copy(bytes(bitmap[:size]).ljust(size, b"\0"))
+        log = s.kvm_clear_dirty_log(
+            slot=slot, first_page=first_page, num_pages=num_pages, dirty_bitmap=ctypes.addressof(data)
+        )
+        shown = {"slot": slot, "first_page": first_page, "num_pages": num_pages}
+        self._call(n.KVM_CLEAR_DIRTY_LOG, log, shown, _why_log)
+
+    def _bitmap(self, slot: int, pages: int | None) -> ctypes.Array[ctypes.c_uint8]:
+        if pages is None:
+            known = self._slots.get(slot)
+            pages = known.memory_size // PAGE_SIZE if known else 0
+        return (ctypes.c_uint8 * ((pages + 63) // 64 * 8))()
+
+    def reset_dirty_rings(self) -> int:
+        """KVM_RESET_DIRTY_RINGS: take back harvested entries; returns how many. EINVAL: no ring."""
+        return self._call(n.KVM_RESET_DIRTY_RINGS)
+
+    def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:
+        """KVM_SET_MEMORY_ATTRIBUTES of a guest-physical range: 0 or KVM_MEMORY_ATTRIBUTE_PRIVATE.
+
+        Raises OSError: EINVAL for an empty or unaligned range, or attributes this VM lacks; ENOMEM.
+        """
+        fields = {"address": address, "size": size, "attributes": attributes, "flags": flags}
+
+        def why(errno: int) -> str | None:
+            broken = [name for name in ("address", "size") if fields[name] % PAGE_SIZE]
+            if errno != _errno.EINVAL:
+                return None
+            if broken:
+                return f"{broken[0]} is not page aligned"
+            if not size:
+                return "size is 0"
+            return "flags is not 0" if flags else "this VM does not have these attributes"
+
+        self._call(n.KVM_SET_MEMORY_ATTRIBUTES, s.kvm_memory_attributes(**fields), fields, why)
+
+    def create_guest_memfd(self, size: int, flags: int = 0) -> int:
+        """KVM_CREATE_GUEST_MEMFD: a file of ``size`` bytes for guest memory; returns its descriptor.
+
+        The caller closes it; the slots bound to it then lose their memory. ``flags`` is GUEST_MEMFD_FLAG_*.
+        Raises OSError: EINVAL for a size that is 0 or not page aligned or for unknown flags.
+        """
+        fields = {"size": size, "flags": flags}
+
+        def why(errno: int) -> str | None:
+            bad_size = size <= 0 or size % PAGE_SIZE
+            return ("size is 0 or not page aligned" if bad_size else None) if errno == _errno.EINVAL else None
+
+        return self._call(n.KVM_CREATE_GUEST_MEMFD, s.kvm_create_guest_memfd(**fields), fields, why)
+
+    def register_coalesced_mmio(self, addr: int, size: int, pio: bool = False) -> None:
+        """KVM_REGISTER_COALESCED_MMIO: collect writes to a range in the vCPU's ring."""
+        self._zone(n.KVM_REGISTER_COALESCED_MMIO, addr, size, pio)
+
+    def unregister_coalesced_mmio(self, addr: int, size: int, pio: bool = False) -> None:
+        """KVM_UNREGISTER_COALESCED_MMIO: undo the above."""
+        self._zone(n.KVM_UNREGISTER_COALESCED_MMIO, addr, size, pio)
+
+    def _zone(self, request: int, addr: int, size: int, pio: bool) -> None:
+        zone = s.kvm_coalesced_mmio_zone(addr=addr, size=size, pio=int(pio))
+        self._call(request, zone, {"addr": addr, "size": size, "pio": int(pio)})
+
+
+def _why_log(errno: int) -> str | None:
+    if errno == _errno.ENOENT:
+        return "the slot does not exist or has no KVM_MEM_LOG_DIRTY_PAGES"
+    return "a dirty ring is used instead" if errno == _errno.ENXIO else None
+
+

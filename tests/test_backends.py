@@ -1,0 +1,71 @@
+"""Choosing a backend, and the device backend where there is no device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import anykvm
+from anykvm import backends
+from anykvm.backends import Probe, probe, selftest
+from anykvm.backends.device import DeviceBackend
+
+
+def test_names() -> None:
+    assert anykvm.backend("device").name == "device"
+    assert anykvm.backend("device", "kernel").profile == "kernel"
+    with pytest.raises(ValueError, match="no backend named 'xen'; there are auto, soft, device"):
+        anykvm.backend("xen")
+    with pytest.raises(ValueError, match="needs the soft backend"):
+        anykvm.backend("device", "documented")
+    with pytest.raises(ValueError, match="profile is chosen when a backend is made"):
+        anykvm.open(anykvm.backend("device"), "documented")
+
+
+def test_backends_fit_the_protocol(backend: anykvm.Backend) -> None:
+    assert isinstance(backend, anykvm.Backend)
+    assert backend.name in ("soft", "device")
+    assert (backend.profile == "kernel") == (backend.name == "device")
+    assert selftest.self_test(backend) is None
+
+
+def test_auto_takes_the_device_only_if_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = DeviceBackend("/nonexistent")
+    monkeypatch.setattr(backends, "soft_backend", lambda profile=None: chosen)
+    monkeypatch.setattr(backends, "probe_device", lambda: Probe("device", False, "self-test failed: x"))
+    selection = backends.select("auto")
+    assert selection.backend is chosen
+    assert selection.reason == "device: self-test failed: x"
+    monkeypatch.setattr(backends, "probe_device", lambda: Probe("device", True, "/dev/kvm runs guests"))
+    assert isinstance(backends.select("auto").backend, DeviceBackend)
+    assert backends.select("auto", "linux-7.3").backend is chosen  # only soft has profiles
+
+
+def test_probe_says_why_not(tmp_path: Path) -> None:
+    assert "does not exist" in backends.probe_device(str(tmp_path / "kvm")).reason
+    plain = tmp_path / "file"
+    plain.write_text("")
+    found = backends.probe_device(str(plain))
+    assert not found.usable
+    assert "KVM_GET_API_VERSION" in found.reason  # a file that is no KVM: ENOTTY
+    (tmp_path / "kvm_pvm").mkdir()
+    assert any("no hardware virtualization" in note for note in probe.device_notes(tmp_path))
+    assert "none of" in probe.device_notes(tmp_path / "nothing")[0]
+
+
+def test_device_errors_have_the_kernels_errno(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        DeviceBackend(str(tmp_path / "kvm")).open()
+    backend = DeviceBackend("/dev/null")
+    fd = backend.open()
+    try:
+        with pytest.raises(OSError, match="KVM_CREATE_VM: ") as caught:
+            backend.ioctl(fd, anykvm.abi.KVM_CREATE_VM)
+        assert caught.value.errno == 25
+        with pytest.raises(OSError, match="mmap"):
+            backend.mmap(fd, 4096, 0)
+        with pytest.raises(OSError, match="munmap"):
+            backend.munmap(1, 4096)
+    finally:
+        backend.close(fd)
