@@ -54,7 +54,7 @@ def test_system_ioctls(backend: Backend) -> None:
 
 def test_unknown_ioctls(vm: Vm) -> None:
     vcpu = vm.create_vcpu()
-    for handle, expected in ((vm._kvm, errno.EINVAL), (vm, errno.ENOTTY), (vcpu, errno.EINVAL)):
+    for handle, expected in ((vm.kvm, errno.EINVAL), (vm, errno.ENOTTY), (vcpu, errno.EINVAL)):
         with pytest.raises(OSError) as caught:
             handle.ioctl(0xAEFE)
         assert caught.value.errno == expected
@@ -89,7 +89,7 @@ def test_wrong_descriptor(backend: Backend) -> None:
 
 def test_descriptors_are_real(vm: Vm) -> None:
     vcpu = vm.create_vcpu()
-    for handle in (vm._kvm, vm, vcpu):
+    for handle in (vm.kvm, vm, vcpu):
         select.select([handle], [], [], 0)  # poll accepts it
         copy = os.dup(handle.fileno())
         os.close(copy)
@@ -220,7 +220,7 @@ def test_vcpu_ids(vm: Vm) -> None:
 
 def test_register_state_round_trips(vm: Vm) -> None:
     vcpu = vm.create_vcpu()
-    vcpu.set_cpuid2(vm._kvm.get_supported_cpuid())
+    vcpu.set_cpuid2(vm.kvm.get_supported_cpuid())
     assert vcpu.get_cpuid2()
     vcpu.set_regs(abi.kvm_regs(rax=1, r15=(1 << 64) - 1, rip=0x1234, rflags=2))
     regs = vcpu.get_regs()

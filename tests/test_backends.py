@@ -50,8 +50,8 @@ def test_probe_says_why_not(tmp_path: Path) -> None:
     assert not found.usable
     assert "KVM_GET_API_VERSION" in found.reason  # a file that is no KVM: ENOTTY
     (tmp_path / "kvm_pvm").mkdir()
-    assert any("no hardware virtualization" in note for note in probe.device_notes(tmp_path))
-    assert "none of" in probe.device_notes(tmp_path / "nothing")[0]
+    assert any("no hardware virtualization" in note for note in probe.device_notes(str(tmp_path)))
+    assert "none of" in probe.device_notes(str(tmp_path / "nothing"))[0]
 
 
 def test_device_errors_have_the_kernels_errno(tmp_path: Path) -> None:

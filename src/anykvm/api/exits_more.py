@@ -12,63 +12,99 @@ if TYPE_CHECKING:
 
 
 class Hlt(Exit):
-    """KVM_EXIT_HLT: the guest executed HLT and there is no in-kernel interrupt controller to wake it."""
+    """KVM_EXIT_HLT: the guest executed HLT and there is no in-kernel interrupt controller to wake it.
+
+    >>> Hlt()
+    Hlt()
+    """
 
     __slots__ = ()
     exit_reason = c.KVM_EXIT_HLT
 
 
 class Shutdown(Exit):
-    """KVM_EXIT_SHUTDOWN: triple fault. The vCPU's state is undefined, it may even have been reset."""
+    """KVM_EXIT_SHUTDOWN: triple fault. The vCPU's state is undefined, it may even have been reset.
+
+    >>> Shutdown()
+    Shutdown()
+    """
 
     __slots__ = ()
     exit_reason = c.KVM_EXIT_SHUTDOWN
 
 
 class IrqWindowOpen(Exit):
-    """KVM_EXIT_IRQ_WINDOW_OPEN: ``request_interrupt_window`` was set, and the guest can take an interrupt now."""
+    """KVM_EXIT_IRQ_WINDOW_OPEN: ``request_interrupt_window`` was set, and the guest can take an interrupt now.
+
+    >>> IrqWindowOpen()
+    IrqWindowOpen()
+    """
 
     __slots__ = ()
     exit_reason = c.KVM_EXIT_IRQ_WINDOW_OPEN
 
 
 class DirtyRingFull(Exit):
-    """KVM_EXIT_DIRTY_RING_FULL: harvest the ring and ``Vm.reset_dirty_rings()``, or every run ends so."""
+    """KVM_EXIT_DIRTY_RING_FULL: harvest the ring and ``Vm.reset_dirty_rings()``, or every run ends so.
+
+    >>> DirtyRingFull()
+    DirtyRingFull()
+    """
 
     __slots__ = ()
     exit_reason = c.KVM_EXIT_DIRTY_RING_FULL
 
 
 class Nmi(Exit):
-    """KVM_EXIT_NMI: an NMI arrived while the guest ran."""
+    """KVM_EXIT_NMI: an NMI arrived while the guest ran.
+
+    >>> Nmi()
+    Nmi()
+    """
 
     __slots__ = ()
     exit_reason = c.KVM_EXIT_NMI
 
 
 class SetTpr(Exit):
-    """KVM_EXIT_SET_TPR: the guest lowered its TPR (``kvm_run.cr8``) and there is no in-kernel APIC."""
+    """KVM_EXIT_SET_TPR: the guest lowered its TPR (``kvm_run.cr8``) and there is no in-kernel APIC.
+
+    >>> SetTpr()
+    SetTpr()
+    """
 
     __slots__ = ()
     exit_reason = c.KVM_EXIT_SET_TPR
 
 
 class X86BusLock(Exit):
-    """KVM_EXIT_X86_BUS_LOCK: the guest took a bus lock (KVM_CAP_X86_BUS_LOCK_EXIT)."""
+    """KVM_EXIT_X86_BUS_LOCK: the guest took a bus lock (KVM_CAP_X86_BUS_LOCK_EXIT).
+
+    >>> X86BusLock()
+    X86BusLock()
+    """
 
     __slots__ = ()
     exit_reason = c.KVM_EXIT_X86_BUS_LOCK
 
 
 class ApResetHold(Exit):
-    """KVM_EXIT_AP_RESET_HOLD: an SEV-ES guest's AP waits for its start."""
+    """KVM_EXIT_AP_RESET_HOLD: an SEV-ES guest's AP waits for its start.
+
+    >>> ApResetHold()
+    ApResetHold()
+    """
 
     __slots__ = ()
     exit_reason = c.KVM_EXIT_AP_RESET_HOLD
 
 
 class IoapicEoi(Exit):
-    """KVM_EXIT_IOAPIC_EOI: the guest ended interrupt ``vector`` and the I/O APIC is in user space."""
+    """KVM_EXIT_IOAPIC_EOI: the guest ended interrupt ``vector`` and the I/O APIC is in user space.
+
+    >>> IoapicEoi(0x30)
+    IoapicEoi(vector=0x30)
+    """
 
     __slots__ = ("vector",)
     __match_args__ = ("vector",)
@@ -80,7 +116,11 @@ class IoapicEoi(Exit):
 
 
 class TprAccess(Exit):
-    """KVM_EXIT_TPR_ACCESS: the guest accessed its TPR at ``rip`` (KVM_TPR_ACCESS_REPORTING)."""
+    """KVM_EXIT_TPR_ACCESS: the guest accessed its TPR at ``rip`` (KVM_TPR_ACCESS_REPORTING).
+
+    >>> TprAccess(0x7C00, True)
+    TprAccess(rip=0x7c00, is_write=True)
+    """
 
     __slots__ = ("is_write", "rip")
     __match_args__ = ("rip", "is_write")
@@ -93,7 +133,11 @@ class TprAccess(Exit):
 
 
 class Notify(Exit):
-    """KVM_EXIT_NOTIFY: no event window for too long (KVM_CAP_X86_NOTIFY_VMEXIT)."""
+    """KVM_EXIT_NOTIFY: no event window for too long (KVM_CAP_X86_NOTIFY_VMEXIT).
+
+    >>> Notify(1)
+    Notify(flags=1)
+    """
 
     __slots__ = ("flags",)
     __match_args__ = ("flags",)
@@ -167,7 +211,11 @@ class Debug(Exit):
 
 
 class SystemEvent(Exit):
-    """KVM_EXIT_SYSTEM_EVENT: shutdown, reset, crash...; ``type`` is a KVM_SYSTEM_EVENT_* value."""
+    """KVM_EXIT_SYSTEM_EVENT: shutdown, reset, crash...; ``type`` is a KVM_SYSTEM_EVENT_* value.
+
+    >>> SystemEvent(c.KVM_SYSTEM_EVENT_RESET, ())
+    SystemEvent(type=2, data=())
+    """
 
     __slots__ = ("data", "type")
     __match_args__ = ("type", "data")
@@ -180,7 +228,11 @@ class SystemEvent(Exit):
 
 
 class Hypercall(Answerable):
-    """KVM_EXIT_HYPERCALL: the guest called hypercall ``nr`` (KVM_CAP_EXIT_HYPERCALL). Answer with ``respond``."""
+    """KVM_EXIT_HYPERCALL: the guest called hypercall ``nr`` (KVM_CAP_EXIT_HYPERCALL). Answer with ``respond``.
+
+    >>> Hypercall(12, (0x1000, 1, 0, 0, 0, 0), 0)
+    Hypercall(nr=0xc, args=(4096, 1, 0, 0, 0, 0), flags=0)
+    """
 
     __slots__ = ("args", "flags", "nr")
     __match_args__ = ("nr", "args", "flags")
@@ -220,7 +272,11 @@ class _Msr(Answerable):
 
 
 class X86Rdmsr(_Msr):
-    """KVM_EXIT_X86_RDMSR: the guest reads an MSR that user space asked to handle (KVM_CAP_X86_USER_SPACE_MSR)."""
+    """KVM_EXIT_X86_RDMSR: the guest reads an MSR that user space asked to handle (KVM_CAP_X86_USER_SPACE_MSR).
+
+    >>> X86Rdmsr(0x1234, 0, c.KVM_MSR_EXIT_REASON_FILTER)
+    X86Rdmsr(index=0x1234, data=0, reason=4)
+    """
 
     __slots__ = ()
     exit_reason = c.KVM_EXIT_X86_RDMSR
@@ -234,7 +290,11 @@ class X86Rdmsr(_Msr):
 
 
 class X86Wrmsr(_Msr):
-    """KVM_EXIT_X86_WRMSR: the guest writes ``data`` to an MSR that user space asked to handle."""
+    """KVM_EXIT_X86_WRMSR: the guest writes ``data`` to an MSR that user space asked to handle.
+
+    >>> X86Wrmsr(0x1234, 7, c.KVM_MSR_EXIT_REASON_UNKNOWN)
+    X86Wrmsr(index=0x1234, data=7, reason=2)
+    """
 
     __slots__ = ()
     exit_reason = c.KVM_EXIT_X86_WRMSR

@@ -48,6 +48,8 @@ class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
     def __init__(self, vm: Vm, fd: int, vcpu_id: int, mmap_size: int) -> None:
         """Own the vCPU descriptor ``fd`` and map its pages; use ``Vm.create_vcpu``."""
         super().__init__(vm._backend, fd, vm)
+        self.vm = vm
+        """The ``Vm`` this was made from."""
         self.vcpu_id = vcpu_id
         """Its number, the APIC id."""
         self._run_ioctl = vm._backend.ioctl  # bound once: run() calls it a million times a second

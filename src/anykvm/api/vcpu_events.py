@@ -81,7 +81,7 @@ class VcpuEvents(Handle):
         self._call(n.KVM_SET_LAPIC, lapic)
 
     def tpr_access_reporting(self, enabled: bool) -> None:
-        """KVM_TPR_ACCESS_REPORTING: make TPR accesses exit (api.rst, Intel without an unrestricted guest's help)."""
+        """KVM_TPR_ACCESS_REPORTING: make the guest's TPR accesses exit (``TprAccess``). EINVAL without a local APIC."""
         self._call(n.KVM_TPR_ACCESS_REPORTING, s.kvm_tpr_access_ctl(enabled=int(enabled)))
 
     def set_vapic_addr(self, vapic_addr: int) -> None:

@@ -32,7 +32,8 @@ class Vm(VmMemory, VmIrq):
     def __init__(self, kvm: Kvm, fd: int) -> None:
         """Own the VM descriptor ``fd``; use ``Kvm.create_vm``."""
         super().__init__(kvm._backend, fd, kvm)
-        self._kvm = kvm
+        self.kvm = kvm
+        """The ``Kvm`` this was made from."""
         self._slots: dict[int, Slot] = {}
 
     def create_vcpu(self, vcpu_id: int = 0) -> Vcpu:
@@ -40,7 +41,7 @@ class Vm(VmMemory, VmIrq):
 
         Raises OSError: EEXIST for an id in use, EINVAL for one not below KVM_CAP_MAX_VCPU_ID or for too many vCPUs.
         """
-        size = self._kvm.get_vcpu_mmap_size()
+        size = self.kvm.get_vcpu_mmap_size()
         fd = self._call(n.KVM_CREATE_VCPU, vcpu_id, {"vcpu_id": vcpu_id}, _why_vcpu)
         return Vcpu(self, fd, vcpu_id, size)
 

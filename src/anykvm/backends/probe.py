@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import NamedTuple
 
 from anykvm.backends.device import DeviceBackend
 from anykvm.backends.selftest import self_test
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(NamedTuple):
     """What was found out about one backend.
 
     >>> probe = probe_device("/nonexistent/kvm")
@@ -25,13 +23,13 @@ class Probe:
     """It opens and passes the self-test."""
     reason: str
     """Why it is or is not usable, one line."""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """What a user should know about it even so, one line each."""
 
 
-def device_notes(modules: Path = Path("/sys/module")) -> tuple[str, ...]:
+def device_notes(modules: str = "/sys/module") -> tuple[str, ...]:
     """Describe the KVM modules loaded here, and what their kind means for a user."""
-    loaded = [name for name in ("kvm_intel", "kvm_amd", "kvm_pvm") if (modules / name).is_dir()]
+    loaded = [name for name in ("kvm_intel", "kvm_amd", "kvm_pvm") if os.path.isdir(os.path.join(modules, name))]
     notes = [f"kernel {os.uname().release}, modules: {', '.join(loaded) or 'none of kvm_intel, kvm_amd, kvm_pvm'}"]
     if "kvm_pvm" in loaded:
         notes.append(
