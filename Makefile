@@ -1,0 +1,39 @@
+# Two commands: `make demo` sets up and runs the main job, `make test` sets up and runs lint, types and all tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(shell find src -name '*.c' -o -name '*.h' -o -name '*.pxd') src/anykvm/backends/soft/run.py setup.py pyproject.toml
+
+.PHONY: help setup demo test bench lint types clean
+help:
+	@echo "make demo   set up, then compute the CRC of a 64 MiB file in a guest whose memory arrives page by page"
+	@echo "make test   set up, then lint, types and all tests"
+	@echo "make bench  set up, then the speed table beside its peers (bench-results.json)"
+
+setup: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" tools/setup.sh
+	@touch $@
+
+demo: setup
+	@$(BIN)/python tools/demo_file.py demo.bin 64
+	@$(BIN)/anykvm postcopy demo.bin --backend soft --html postcopy.html
+	@echo "make demo: done; open postcopy.html"
+
+test: setup
+	@BIN="$(BIN)" tools/test.sh
+
+lint: setup
+	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
+
+types: setup
+	@$(BIN)/mypy
+
+bench: setup
+	@$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info src/*.egg-info bench-results.json postcopy.html demo.bin
+	find . -name '*.so' -path './src/*' -delete

@@ -1,0 +1,79 @@
+"""Build of the compiled parts: the engine library (C, with Unicorn inside) and the contract (Cython, from run.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+UNICORN_VERSION = "2.1.4"
+ENGINE = Path("src/anykvm/backends/soft/engine")
+
+#: Engine functions we stand in front of and still call. The others we replace outright: ours come first in the link.
+WRAPPED = (
+    "cpu_ldub_code",
+    "gen_intermediate_code",
+    "translator_loop",
+    "helper_lookup_tb_ptr",
+    "tcg_gen_qemu_ld_i32",
+    "tcg_gen_qemu_st_i32",
+    "tcg_gen_qemu_ld_i64",
+    "tcg_gen_qemu_st_i64",
+    "helper_le_lduw_mmu",
+    "helper_le_ldul_mmu",
+    "helper_le_ldq_mmu",
+    "helper_le_ldsw_mmu",
+    "helper_le_ldsl_mmu",
+)
+
+
+def unicorn_package() -> Path:
+    """The installed Unicorn wheel, of exactly the version whose layout the adapter knows."""
+    from importlib.metadata import version
+
+    spec = importlib.util.find_spec("unicorn")
+    if spec is None or spec.origin is None or version("unicorn") != UNICORN_VERSION:
+        raise SystemExit(f"setup.py: the engine needs unicorn=={UNICORN_VERSION} at build time")
+    return Path(spec.origin).parent
+
+
+class BuildWithEngine(build_ext):
+    """build_ext that links the engine library first, where the extension will look for it."""
+
+    def run(self) -> None:
+        where = Path("src") if self.inplace else Path(self.build_lib)
+        target = where / "anykvm/backends/soft/engine"
+        target.mkdir(parents=True, exist_ok=True)
+        self.link_engine(target / "libanykvm_engine.so")
+        for extension in self.extensions:
+            extension.extra_objects = [str(target / "libanykvm_engine.so")]
+        super().run()
+
+    def link_engine(self, library: Path) -> None:
+        unicorn = unicorn_package()
+        sources = sorted(str(source) for source in ENGINE.glob("*.c"))
+        wraps = [f"-Wl,--wrap={name}_x86_64" for name in WRAPPED]
+        command = [os.environ.get("CC", "gcc"), "-std=gnu11", "-O2", "-g1", "-fPIC", "-fno-omit-frame-pointer"]
+        command += ["-Wall", "-Wextra", "-Werror", "-shared", "-o", str(library), *sources, f"-I{unicorn / 'include'}"]
+        command += [str(unicorn / "lib/libunicorn.a"), "-Wl,-z,muldefs", "-Wl,-z,defs", *wraps, "-Wl,-Bsymbolic"]
+        command += ["-Wl,--exclude-libs,ALL", "-Wl,-soname,libanykvm_engine.so", "-lpthread", "-lm"]
+        subprocess.run(command, check=True)
+
+
+RUN = Extension(
+    "anykvm.backends.soft.run",
+    ["src/anykvm/backends/soft/run.py"],
+    include_dirs=[str(ENGINE)],
+    extra_compile_args=["-O2"],
+    extra_link_args=["-Wl,-rpath,$ORIGIN/engine"],
+)
+
+setup(
+    ext_modules=cythonize([RUN], include_path=["src"], build_dir="build/cython", language_level=3),
+    cmdclass={"build_ext": BuildWithEngine},
+)

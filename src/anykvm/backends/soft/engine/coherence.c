@@ -1,0 +1,171 @@
+/* Translated code follows memory. The engine notices stores that hit its own blocks only through the same mapping; here
+ * every host page with translated code is remembered with a copy of its bytes, so that a store through another mapping
+ * stays on the slow path, and a change made from outside (the VMM, a device, another vCPU) is found on entry. */
+#include "engine_internal.h"
+#include <stdlib.h>
+#include <string.h>
+
+#define CODE_PAGES_COMPARED 16 /* on entry; with more, translations are looked up anew and compared when met */
+
+struct code_page {
+    u64 hva;   /* 0: free */
+    u8 *copy;
+};
+
+static u32 hash(const struct ak_vcpu *v, u64 hva)
+{
+    return (u32)((hva >> 12) * 0x9e3779b97f4a7c15ull >> 32) & (v->code_room - 1);
+}
+
+static struct code_page *table(const struct ak_vcpu *v)
+{
+    return (struct code_page *)v->code_pages;
+}
+
+static struct code_page *find(const struct ak_vcpu *v, u64 hva)
+{
+    if (!v->code_room)
+        return NULL;
+    for (u32 i = hash(v, hva);; i = (i + 1) & (v->code_room - 1)) {
+        if (table(v)[i].hva == hva)
+            return &table(v)[i];
+        if (!table(v)[i].hva)
+            return NULL;
+    }
+}
+
+static void put(struct ak_vcpu *v, struct code_page page)
+{
+    u32 i = hash(v, page.hva);
+    while (table(v)[i].hva)
+        i = (i + 1) & (v->code_room - 1);
+    table(v)[i] = page;
+}
+
+static bool grow(struct ak_vcpu *v)
+{
+    struct code_page *old = table(v);
+    u32 room = v->code_room;
+    struct code_page *fresh = calloc(room ? room * 2 : 64, sizeof *fresh);
+    if (!fresh)
+        return false;
+    v->code_room = room ? room * 2 : 64;
+    v->code_pages = (u64 *)fresh;
+    for (u32 i = 0; i < room; i++)
+        if (old[i].hva)
+            put(v, old[i]);
+    free(old);
+    return true;
+}
+
+/* The engine translated its first block of a page: stores to it must be seen from now on. */
+void tlb_protect_code_x86_64(struct uc_struct *uc, u64 ram_addr)
+{
+    struct ak_vcpu *v = ak_current;
+    u64 hva = (ram_addr & AK_PAGE_MASK) + AK_HOST_WINDOW_BASE;
+    (void)uc;
+    if (find(v, hva))
+        return;
+    if (v->code_count * 2 >= v->code_room && !grow(v))
+        return;
+    struct code_page page = {.hva = hva, .copy = malloc(AK_PAGE_SIZE)};
+    if (page.copy && ak_copy_in(page.copy, hva, AK_PAGE_SIZE)) {
+        free(page.copy);
+        page.copy = NULL;
+    }
+    put(v, page);
+    v->code_count++;
+    tlb_reset_dirty_x86_64(v->cpu, hva, AK_PAGE_SIZE);
+}
+
+static void forget(struct ak_vcpu *v, u64 hva)
+{
+    struct code_page *p = find(v, hva);
+    if (!p)
+        return;
+    free(p->copy);
+    *p = (struct code_page){0};
+    v->code_count--;
+    u32 i = (u32)(p - table(v)); /* close the gap */
+    for (u32 j = (i + 1) & (v->code_room - 1); table(v)[j].hva; j = (j + 1) & (v->code_room - 1)) {
+        struct code_page moved = table(v)[j];
+        table(v)[j] = (struct code_page){0};
+        put(v, moved);
+    }
+}
+
+/* The last block of a page is gone. */
+void tlb_unprotect_code_x86_64(struct uc_struct *uc, u64 ram_addr)
+{
+    (void)uc;
+    forget(ak_current, (ram_addr & AK_PAGE_MASK) + AK_HOST_WINDOW_BASE);
+}
+
+static void set_dirty_entry(struct ak_vcpu *v, u8 *entry, u64 va)
+{
+    u64 *write = (u64 *)(entry + TLB_ENTRY_WRITE), addend = *(u64 *)(entry + TLB_ENTRY_ADDEND);
+    const u64 notdirty = 1u << 10;
+    if (*write == (va | notdirty) && !find(v, va + addend))
+        *write = va;
+}
+
+/* Stores to a page become fast, unless it has translated code. */
+void tlb_set_dirty_x86_64(struct CPUState *cpu, u64 va)
+{
+    struct ak_vcpu *v = ak_current;
+    u8 *base = (u8 *)cpu;
+    va &= AK_PAGE_MASK;
+    for (int mode = 0; mode < TLB_MODES; mode++) {
+        u8 *fast = base + TLB_FAST_IN_CPU + mode * TLB_FAST_SIZE;
+        u64 mask = *(u64 *)(fast + TLB_FAST_MASK);
+        set_dirty_entry(v, *(u8 **)(fast + TLB_FAST_TABLE) + ((va >> 12) & (mask >> TLB_ENTRY_BITS)) * TLB_ENTRY_SIZE, va);
+        u8 *victims = base + TLB_DESC_IN_CPU + mode * TLB_DESC_SIZE + TLB_DESC_VICTIMS;
+        for (int i = 0; i < TLB_VICTIMS; i++)
+            set_dirty_entry(v, victims + i * TLB_ENTRY_SIZE, va);
+    }
+}
+
+static bool unchanged(const struct code_page *p)
+{
+    u8 now[AK_PAGE_SIZE];
+    return p->copy && !ak_copy_in(now, p->hva, AK_PAGE_SIZE) && !memcmp(now, p->copy, AK_PAGE_SIZE);
+}
+
+static void invalidate(struct ak_vcpu *v, u64 hva)
+{
+    tb_invalidate_phys_range_x86_64(v->uc, hva - AK_HOST_WINDOW_BASE, hva - AK_HOST_WINDOW_BASE + AK_PAGE_SIZE);
+    forget(v, hva);
+}
+
+/* On entry: somebody may have written code since. */
+void ak_check_code(struct ak_vcpu *v)
+{
+    if (v->code_count > CODE_PAGES_COMPARED) {
+        tlb_flush_x86_64(v->cpu); /* pages are compared when they are fetched from again */
+        return;
+    }
+    u64 stale[CODE_PAGES_COMPARED];
+    u32 n = 0;
+    for (u32 i = 0; i < v->code_room; i++)
+        if (table(v)[i].hva && !unchanged(&table(v)[i]))
+            stale[n++] = table(v)[i].hva;
+    while (n)
+        invalidate(v, stale[--n]);
+}
+
+/* At a fetch fill, with many code pages. */
+void ak_check_code_page(struct ak_vcpu *v, u64 hva)
+{
+    const struct code_page *p = v->code_count > CODE_PAGES_COMPARED ? find(v, hva) : NULL;
+    if (p && !unchanged(p))
+        invalidate(v, hva);
+}
+
+void ak_code_pages_free(struct ak_vcpu *v)
+{
+    for (u32 i = 0; i < v->code_room; i++)
+        free(table(v)[i].copy);
+    free(v->code_pages);
+    v->code_pages = NULL;
+    v->code_room = v->code_count = 0;
+}

@@ -1,0 +1,216 @@
+/* Device memory: what KVM's instruction emulator does, done by the engine itself. The first access to a page that is
+ * not RAM abandons the instruction and runs it again alone ("emulation"). Then a read that has no answer yet leaves
+ * with RIP at the instruction, to be run again with the answers so far (complete_emulated_mmio); writes are collected
+ * while the instruction retires and leave one by one afterwards, RIP past it, as KVM_EXIT_MMIO has it (ABI.md 1.3).
+ * Inside emulation a host page that cannot be touched counts as a device page: long-standing ABI (ABI.md 0.9). */
+#include "engine_internal.h"
+#include <string.h>
+
+/* Start: forget this instruction's effects so far (none is visible yet) and run it as a block of its own. */
+void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr)
+{
+    v->emulation = AK_ARMED;
+    v->nlog = v->nreplay = v->nfragments = v->fragment = 0;
+    v->translating = 0;
+    v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
+    v->cpu->cflags_next_tb = 1;
+    v->cpu->exception_index = -1;
+    cpu_loop_exit_restore_x86_64(v->cpu, retaddr);
+}
+
+static void stop_emulating(struct ak_vcpu *v)
+{
+    v->emulation = AK_NATIVE;
+    v->emulate_alone = 0;
+    v->nlog = v->nreplay = 0;
+}
+
+/* Between blocks, with emulation on: before the instruction, or after it has retired. True: chain nothing. */
+bool ak_emulate_boundary(struct ak_vcpu *v)
+{
+    if (v->emulation == AK_ARMED) {
+        v->emulation = AK_RUNNING;
+        v->nreplay = v->nfragments = 0;
+        v->cpu->cflags_next_tb = 1;
+        return true;
+    }
+    stop_emulating(v);
+    if (v->nfragments) {
+        v->fragment = 0;
+        v->exit.kind = AK_EXIT_MMIO;
+        v->cpu->exit_request = 1;
+    }
+    return true;
+}
+
+/* Put the next fragment into v->exit. False when all are done. */
+bool ak_next_fragment(struct ak_vcpu *v)
+{
+    if (v->fragment >= v->nfragments) {
+        v->nfragments = v->fragment = 0;
+        return false;
+    }
+    const struct ak_access_log *f = &v->fragments[v->fragment++];
+    v->exit.kind = AK_EXIT_MMIO;
+    v->exit.gpa = f->gpa;
+    v->exit.size = f->size;
+    v->exit.data = f->data;
+    v->exit.is_write = 1;
+    v->completion = AK_COMPLETE_MMIO_WRITE;
+    return true;
+}
+
+static void __attribute__((noreturn)) read_exit(struct ak_vcpu *v, u64 gpa, u32 size, uintptr_t retaddr)
+{
+    if (v->nlog == AK_LOG)
+        ak_emulate_failed(v, retaddr);
+    v->log[v->nlog] = (struct ak_access_log){.gpa = gpa, .size = (u8)size};
+    v->exit.gpa = gpa;
+    v->exit.size = size;
+    v->exit.is_write = 0;
+    v->exit.data = 0;
+    cpu_restore_state_x86_64(v->cpu, retaddr, true);
+    v->emulate_rip = v->env->eip;
+    v->emulation = AK_ARMED; /* runs again once the answer is in log[nlog] */
+    v->completion = AK_COMPLETE_MMIO_READ;
+    ak_leave(v, AK_EXIT_MMIO, 0);
+}
+
+/* complete_emulated_mmio(): the answer to the last read exit. Dropped if the caller moved RIP. */
+void ak_answer_read(struct ak_vcpu *v)
+{
+    if (v->emulation == AK_ARMED && v->env->eip != v->emulate_rip) {
+        stop_emulating(v);
+        return;
+    }
+    memcpy(&v->log[v->nlog].data, v->run->mmio.data, 8);
+    v->nlog++;
+}
+
+/* The emulated instruction has an answer for its next read, and it is in this page. */
+bool ak_answered(const struct ak_vcpu *v, u64 gpa)
+{
+    return v->emulation == AK_RUNNING && v->nreplay < v->nlog && v->log[v->nreplay].gpa >> 12 == gpa >> 12;
+}
+
+static u64 device_read(struct ak_vcpu *v, u64 gpa, u32 size, uintptr_t retaddr)
+{
+    if (v->nreplay < v->nlog)
+        return v->log[v->nreplay++].data;
+    read_exit(v, gpa, size, retaddr);
+}
+
+static void device_write(struct ak_vcpu *v, u64 gpa, u64 data, u32 size, uintptr_t retaddr)
+{
+    struct ak_access_log *last = v->nfragments ? &v->fragments[v->nfragments - 1] : NULL;
+    /* The engine splits an unaligned store into bytes; on the bus it is one access (within one page, 8 bytes). */
+    if (last && size == 1 && last->gpa + last->size == gpa && last->size < 8 && (gpa & ~AK_PAGE_MASK) &&
+        last->is_write == 1) {
+        last->data |= (data & 0xff) << (8 * last->size);
+        last->size++;
+        return;
+    }
+    if (v->nfragments == AK_LOG)
+        ak_emulate_failed(v, retaddr);
+    v->fragments[v->nfragments++] =
+        (struct ak_access_log){.gpa = gpa, .data = data, .size = (u8)size, .is_write = size == 1 ? 1 : 2};
+}
+
+/* Replace the engine's device dispatch: whole accesses of up to 8 bytes, and no call into its callbacks. addr is the
+ * offset in the window, so the gpa. */
+u32 memory_region_dispatch_read_x86_64(struct uc_struct *uc, void *mr, u64 addr, u64 *value, int op, MemTxAttrs attrs)
+{
+    struct ak_vcpu *v = ak_current;
+    (void)uc;
+    (void)mr;
+    (void)attrs;
+    *value = device_read(v, addr, 1u << (op & 3), v->cpu->mem_io_pc);
+    return 0;
+}
+
+u32 memory_region_dispatch_write_x86_64(struct uc_struct *uc, void *mr, u64 addr, u64 data, int op, MemTxAttrs attrs)
+{
+    struct ak_vcpu *v = ak_current;
+    (void)uc;
+    (void)mr;
+    (void)attrs;
+    device_write(v, addr, data, 1u << (op & 3), v->cpu->mem_io_pc);
+    return 0;
+}
+
+/* An unaligned load from a device page: the engine would read the two aligned words around it, which a device must not
+ * see. Read exactly the bytes asked for, split at the page boundary. */
+static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, uintptr_t retaddr, u64 *value)
+{
+    struct ak_vcpu *v = ak_current;
+    struct ak_translation t[2] = {{0}, {0}};
+    u32 first = size, i, n = 1;
+    bool device = false;
+    (void)env;
+    if (v->emulation != AK_RUNNING || !(addr & (size - 1)))
+        return false;
+    if (((addr + size - 1) ^ addr) & AK_PAGE_MASK) {
+        first = (u32)(AK_PAGE_SIZE - (addr & ~AK_PAGE_MASK));
+        n = 2;
+    }
+    for (i = 0; i < n; i++) {
+        u64 va = i ? addr + first : addr;
+        if (ak_walk(v, va, AK_READ, (int)(oi & 15), true, &t[i]) != AK_WALK_OK)
+            return false; /* the ordinary path raises the fault */
+        device |= ak_faultin_pfn(v, t[i].gpa, AK_READ, &t[i]) != KVM_PFN_OK;
+    }
+    if (!device)
+        return false;
+    *value = 0;
+    for (i = 0; i < n; i++) {
+        u32 part = i ? size - first : first, shift = i ? first * 8 : 0;
+        u64 va = i ? addr + first : addr, data = 0;
+        if (t[i].pfn != KVM_PFN_OK)
+            data = device_read(v, t[i].gpa | (va & ~AK_PAGE_MASK), part, retaddr);
+        else if (ak_copy_in(&data, t[i].hva | (va & ~AK_PAGE_MASK), part))
+            return false;
+        *value |= (part < 8 ? data & ((1ull << (8 * part)) - 1) : data) << shift;
+    }
+    return true;
+}
+
+#define LOAD(name, type, size)                                                                                         \
+    extern u64 __real_##name(struct CPUX86State *, u64, u32, uintptr_t);                                               \
+    u64 __wrap_##name(struct CPUX86State *env, u64 addr, u32 oi, uintptr_t retaddr)                                    \
+    {                                                                                                                  \
+        u64 value;                                                                                                     \
+        if (__builtin_expect(ak_current->emulation == AK_RUNNING, 0) &&                                                \
+            unaligned_load(env, addr, oi, size, retaddr, &value))                                                      \
+            return (u64)(type)value;                                                                                   \
+        return __real_##name(env, addr, oi, retaddr);                                                                  \
+    }
+LOAD(helper_le_lduw_mmu_x86_64, u16, 2)
+LOAD(helper_le_ldul_mmu_x86_64, u32, 4)
+LOAD(helper_le_ldq_mmu_x86_64, u64, 8)
+LOAD(helper_le_ldsw_mmu_x86_64, int16_t, 2)
+LOAD(helper_le_ldsl_mmu_x86_64, int32_t, 4)
+
+/* A locked access that cannot be one host atomic: unaligned, or to a device. The engine would leave with an exception
+ * nobody handles; run the instruction alone, without atomics. Device memory has no atomicity to lose. */
+void cpu_loop_exit_atomic_x86_64(struct CPUState *cpu, uintptr_t retaddr)
+{
+    struct ak_vcpu *v = ak_current;
+    v->emulate_alone = 1;
+    if (v->emulation == AK_NATIVE)
+        ak_emulate_start(v, retaddr);
+    v->emulation = AK_ARMED;
+    cpu->cflags_next_tb = 1;
+    cpu->exception_index = -1;
+    cpu_loop_exit_restore_x86_64(cpu, retaddr);
+}
+
+/* KVM_INTERNAL_ERROR_EMULATION: an instruction KVM's emulator cannot fetch or handle. At CPL > 0 the guest gets #UD
+ * (handle_emulation_failure()). */
+void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr)
+{
+    stop_emulating(v);
+    v->nfragments = 0;
+    if ((v->env->hflags & HF_CPL_MASK) != 0)
+        ak_raise(v, EXCP_UD, 0, retaddr);
+    ak_leave(v, AK_EXIT_EMULATION, retaddr);
+}

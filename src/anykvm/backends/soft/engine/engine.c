@@ -1,0 +1,280 @@
+/* One engine instance per vCPU: create it, enter it, get it out again. cpu_exec() is called directly: uc_emu_start()
+ * clears a stop that came just before it, and runs hooks nobody has. */
+#define _GNU_SOURCE
+#include "engine_internal.h"
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unicorn/unicorn.h>
+
+#define TCG_BUFFER (32u << 20)
+
+__thread struct ak_vcpu *ak_current __attribute__((tls_model("initial-exec")));
+static int64_t jit_slot_delta; /* from ak_enter's frame to the return address of a helper called by translated code */
+
+extern void ak_unaligned_access(struct CPUState *, u64, int, int, uintptr_t);
+
+static u64 device_stub_read(uc_engine *uc, u64 offset, unsigned size, void *user)
+{
+    (void)uc, (void)offset, (void)size, (void)user;
+    return 0; /* never called: the dispatch is replaced (emulate.c) */
+}
+
+static void device_stub_write(uc_engine *uc, u64 offset, unsigned size, u64 value, void *user)
+{
+    (void)uc, (void)offset, (void)size, (void)value, (void)user;
+}
+
+struct ak_vm *ak_vm_create(void)
+{
+    struct ak_vm *vm = calloc(1, sizeof *vm);
+    struct timespec t;
+    if (!vm)
+        return NULL;
+    pthread_mutex_init(&vm->lock, NULL);
+    pthread_cond_init(&vm->changed, NULL);
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    vm->tsc_boot_ns = (u64)t.tv_sec * 1000000000ull + (u64)t.tv_nsec;
+    vm->mm = ak_mm_generation();
+    vm->tsc_khz = 1000000; /* 1 GHz: one tick a nanosecond */
+    return vm;
+}
+
+void ak_vm_destroy(struct ak_vm *vm)
+{
+    for (u32 i = 0; i < vm->nslots; i++)
+        free(vm->slots[i]);
+    free(vm->slots);
+    pthread_mutex_destroy(&vm->lock);
+    pthread_cond_destroy(&vm->changed);
+    free(vm);
+}
+
+static bool open_engine(struct ak_vcpu *v)
+{
+    uc_engine *uc = NULL;
+    uc_hook hook;
+    if (uc_open(UC_ARCH_X86, UC_MODE_64, &uc) != UC_ERR_OK)
+        return false;
+    v->uc = (struct uc_struct *)uc;
+    if (uc_ctl_set_cpu_model(uc, UC_CPU_X86_EPYC_ROME) || uc_ctl_set_tcg_buffer_size(uc, TCG_BUFFER) ||
+        uc_ctl_exits_enable(uc) ||
+        uc_mem_map_ptr(uc, AK_HOST_WINDOW_BASE, AK_HOST_WINDOW_SIZE, UC_PROT_ALL, (void *)AK_HOST_WINDOW_BASE) ||
+        uc_mmio_map(uc, AK_MMIO_WINDOW_BASE, AK_MMIO_WINDOW_SIZE, device_stub_read, NULL, device_stub_write, NULL) ||
+        uc_hook_add(uc, &hook, UC_HOOK_INTR, (void *)ak_event_hook, NULL, 1, 0))
+        return false;
+    v->cpu = v->uc->cpu;
+    v->env = v->cpu->env_ptr;
+    v->uc->stop_interrupt = NULL; /* #UD goes the way of all exceptions */
+    v->cpu->cc->do_unaligned_access = (void *)ak_unaligned_access;
+    v->uc->nested_level = 1;
+    return true;
+}
+
+struct ak_vcpu *ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run)
+{
+    struct ak_vcpu *v = calloc(1, sizeof *v);
+    if (!v)
+        return NULL;
+    v->vm = vm;
+    v->id = id;
+    v->run = run;
+    if (!open_engine(v)) {
+        if (v->uc)
+            uc_close((uc_engine *)v->uc);
+        free(v);
+        return NULL;
+    }
+    ak_vcpu_reset(v);
+    pthread_mutex_init(&v->mutex, NULL);
+    v->sync_supported = KVM_SYNC_X86_VALID_FIELDS;
+    if (ak_watch(v)) {
+        uc_close((uc_engine *)v->uc);
+        free(v);
+        return NULL;
+    }
+    pthread_mutex_lock(&vm->lock);
+    v->next = vm->vcpus;
+    vm->vcpus = v;
+    vm->nvcpus++;
+    pthread_mutex_unlock(&vm->lock);
+    return v;
+}
+
+void ak_vcpu_destroy(struct ak_vcpu *v)
+{
+    struct ak_vm *vm = v->vm;
+    ak_unwatch(v);
+    pthread_mutex_lock(&vm->lock);
+    for (struct ak_vcpu **p = &vm->vcpus; *p; p = &(*p)->next)
+        if (*p == v) {
+            *p = v->next;
+            vm->nvcpus--;
+            break;
+        }
+    pthread_mutex_unlock(&vm->lock);
+    ak_current = v; /* closing invalidates translations, which calls back */
+    v->uc->nested_level = 0;
+    uc_close((uc_engine *)v->uc);
+    ak_current = NULL;
+    ak_code_pages_free(v);
+    free(v->cpuid);
+    free(v);
+}
+
+/* kvm_vcpu_reset(): AMD APM vol. 2, 14.1.3. */
+void ak_vcpu_reset(struct ak_vcpu *v)
+{
+    struct CPUX86State *env = v->env;
+    struct kvm_fpu fpu = {.fcw = 0x40, .mxcsr = 0x1f80, .ftwx = 0xff};
+    memset(env->regs, 0, sizeof env->regs);
+    env->regs[R_EDX] = 0x830f10;
+    env->eip = 0xfff0;
+    env->eflags = 2;
+    env->hflags = 0;
+    env->hflags2 = HF2_GIF_MASK;
+    env->a20_mask = -1;
+    for (int i = 0; i < 6; i++)
+        env->segs[i] = (struct SegmentCache){.limit = 0xffff, .flags = DESC_P | DESC_S | DESC_RW | DESC_A};
+    env->segs[R_CS] = (struct SegmentCache){
+        .selector = 0xf000, .base = 0xffff0000, .limit = 0xffff, .flags = DESC_P | DESC_S | DESC_CS | DESC_RW | DESC_A};
+    env->ldt = (struct SegmentCache){.limit = 0xffff, .flags = DESC_P | 2 << 8};
+    env->tr = (struct SegmentCache){.limit = 0xffff, .flags = DESC_P | 11 << 8};
+    env->gdt = env->idt = (struct SegmentCache){.limit = 0xffff};
+    memset(env->cr, 0, sizeof env->cr);
+    env->cr[0] = 0x60000010;
+    env->efer = 0;
+    env->xcr0 = 1;
+    env->pat = 0x0007040600070406ull;
+    memset(env->dr, 0, sizeof env->dr);
+    env->dr[6] = 0xffff0ff0;
+    env->dr[7] = 0x400;
+    env->old_exception = -1;
+    v->msr = (struct ak_msr_state){.apic_base = 0xfee00800 | (v->id ? 0 : 0x100), .misc_enable = 1, .bios_sign_id = 0x1000065ull << 32};
+    ak_set_fpu(v, &fpu);
+    ak_update_hflags(v);
+    tlb_flush_x86_64(v->cpu);
+}
+
+/* Leave guest code for the contract, the state restored to the instruction that translated code was in. */
+void ak_leave(struct ak_vcpu *v, u32 kind, uintptr_t retaddr)
+{
+    v->exit.kind = kind;
+    v->translating = 0;
+    v->cpu->exception_index = EXCP_INTERRUPT;
+    cpu_loop_exit_restore_x86_64(v->cpu, retaddr);
+}
+
+static void after_failed_delivery(struct ak_vcpu *v)
+{
+    if (v->deliver_soft) { /* INT n goes back to its instruction; everything else stays injected */
+        v->env->eip = v->deliver_eip;
+        v->event.injected = 0;
+    }
+    v->delivering = v->deliver_soft = 0;
+}
+
+/* Run guest code until there is something to say; the reason is v->exit.kind. One thread at a time per vCPU. */
+void ak_enter(struct ak_vcpu *v)
+{
+    struct CPUState *cpu = v->cpu;
+    v->exit.kind = AK_EXIT_NONE;
+    v->uc->invalid_error = 0;
+    v->uc->stop_request = v->uc->quit_request = 0;
+    v->uc->size_recur_mem = 0;
+    v->translating = 0;
+    cpu->stopped = 0;
+    cpu->halted = 0;
+    cpu->exception_index = -1;
+    v->jit_slot = (uintptr_t)__builtin_frame_address(0) - (uintptr_t)jit_slot_delta;
+    ak_current = v;
+    ak_check_code(v);
+    ak_deliver_pending(v);
+    int r = cpu_exec_x86_64(v->uc, cpu);
+    if (v->delivering)
+        after_failed_delivery(v);
+    if (v->exit.kind == AK_EXIT_NONE)
+        v->exit.kind = r == EXCP_HLT ? AK_EXIT_HLT : AK_EXIT_KICKED;
+    if (v->exit.kind == AK_EXIT_MMIO && v->nfragments && !v->fragment)
+        ak_next_fragment(v);
+    ak_current = NULL;
+}
+
+/* Make the vCPU leave guest code at the next block boundary. Any thread; safe in a signal handler. */
+void ak_kick(struct ak_vcpu *v)
+{
+    v->kick = 1;
+    v->cpu->exit_request = 1;
+    __sync_synchronize();
+    v->cpu->icount_decr_ptr->u16.high = 0xffff;
+}
+
+void ak_flush_tlb(struct ak_vcpu *v)
+{
+    tlb_flush_x86_64(v->cpu);
+}
+
+/* -- guest mode: updates to what a TLB fill reads wait until no vCPU is in it ---------------------------------------- */
+
+bool ak_guest_enter(struct ak_vcpu *v)
+{
+    struct ak_vm *vm = v->vm;
+    __atomic_add_fetch(&vm->in_guest, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&vm->paused, __ATOMIC_SEQ_CST)) {
+        ak_guest_exit(v);
+        pthread_mutex_lock(&vm->lock);
+        while (vm->paused)
+            pthread_cond_wait(&vm->changed, &vm->lock);
+        pthread_mutex_unlock(&vm->lock);
+        __atomic_add_fetch(&vm->in_guest, 1, __ATOMIC_SEQ_CST);
+    }
+    if (v->tlb_flush_pending) {
+        v->tlb_flush_pending = NULL;
+        tlb_flush_x86_64(v->cpu);
+    }
+    return true;
+}
+
+void ak_guest_exit(struct ak_vcpu *v)
+{
+    struct ak_vm *vm = v->vm;
+    __atomic_sub_fetch(&vm->in_guest, 1, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&vm->paused, __ATOMIC_SEQ_CST)) {
+        pthread_mutex_lock(&vm->lock);
+        pthread_cond_broadcast(&vm->changed);
+        pthread_mutex_unlock(&vm->lock);
+    }
+}
+
+void ak_vm_pause(struct ak_vm *vm)
+{
+    pthread_mutex_lock(&vm->lock);
+    while (vm->paused) /* one updater at a time */
+        pthread_cond_wait(&vm->changed, &vm->lock);
+    __atomic_store_n(&vm->paused, 1, __ATOMIC_SEQ_CST);
+    for (struct ak_vcpu *v = vm->vcpus; v; v = v->next)
+        ak_kick(v);
+    while (__atomic_load_n(&vm->in_guest, __ATOMIC_SEQ_CST))
+        pthread_cond_wait(&vm->changed, &vm->lock);
+    pthread_mutex_unlock(&vm->lock);
+}
+
+void ak_vm_resume(struct ak_vm *vm, bool flush)
+{
+    pthread_mutex_lock(&vm->lock);
+    if (flush)
+        for (struct ak_vcpu *v = vm->vcpus; v; v = v->next)
+            v->tlb_flush_pending = v;
+    __atomic_store_n(&vm->paused, 0, __ATOMIC_SEQ_CST);
+    pthread_cond_broadcast(&vm->changed);
+    pthread_mutex_unlock(&vm->lock);
+}
+
+/* Where the contract's fields are, for its ctypes mirror (native.py). */
+int ak_contract_offset(int field)
+{
+    static const int offsets[] = {offsetof(struct ak_vcpu, exit), offsetof(struct ak_vcpu, completion),
+                                  offsetof(struct ak_vcpu, sync_supported), offsetof(struct ak_vcpu, mp_state)};
+    return offsets[field];
+}

@@ -1,0 +1,322 @@
+/* The soft backend's vCPU: what the contract (run.py) and the adapter share.
+ *
+ * The adapter is C because Unicorn's internal functions must be replaced (ENGINE facts: stores executed twice, lost
+ * stops, no SYSCALL, ...) and because a TLB fill must not enter Python. One subject per file:
+ *   engine.c      create, enter, kick, self-test        mmu.c       guest page tables (first stage)
+ *   fault.c       memslots and host pages (second)      host.c      guarded access, SIGSEGV/SIGBUS
+ *   slots.c       the memslot table                     emulate.c   MMIO: one instruction, replayed
+ *   pio.c         port I/O and its completion           events.c    exceptions, interrupts, triple fault
+ *   control.c     CR, EFER, XCR0, SYSCALL, SYSENTER     msr.c       MSRs        cpuid.c  CPUID, TSC
+ *   translate.c   what is decoded differently           state.c     regs, sregs, fpu
+ */
+#pragma once
+#include <signal.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "kvm_abi.h"
+#include "unicorn_layout.h"
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+
+#define AK_PAGE_SIZE 4096ull
+#define AK_PAGE_MASK (~(AK_PAGE_SIZE - 1))
+#define AK_MAXPHYADDR 40 /* of the guest: 1 TiB; what CPUID 0x80000008 and the memslot checks say */
+
+/* Engine-physical space. RAM is addressed by its host virtual address, so a memslot costs the engine nothing and two
+ * slots over one host page share translated code; the device window holds every gpa that is not RAM. */
+#define AK_HOST_WINDOW_BASE 0x1000ull
+#define AK_HOST_WINDOW_SIZE ((1ull << 47) - 0x2000ull)
+#define AK_MMIO_WINDOW_BASE (1ull << 50)
+#define AK_MMIO_WINDOW_SIZE (1ull << 48)
+
+enum ak_access { AK_READ = 0, AK_WRITE = 1, AK_FETCH = 2 }; /* the engine's MMUAccessType */
+
+/* Why the engine came back. The contract turns these into errno and exit_reason. */
+enum ak_exit_kind {
+    AK_EXIT_NONE = 0,
+    AK_EXIT_KICKED,       /* ak_kick(): look at signals and requests, then go on */
+    AK_EXIT_IO,           /* port, size, count, is_write; data in the PIO page */
+    AK_EXIT_MMIO,         /* gpa, size, is_write, data */
+    AK_EXIT_HLT,
+    AK_EXIT_SHUTDOWN,     /* triple fault */
+    AK_EXIT_FAULT,        /* a guest page fault KVM cannot resolve: gpa, hva, access, err, annotate */
+    AK_EXIT_EMULATION,    /* KVM_INTERNAL_ERROR_EMULATION */
+    AK_EXIT_DELIVERY,     /* KVM_INTERNAL_ERROR_DELIVERY_EV: gpa of the device page met while delivering */
+    AK_EXIT_IRQ_WINDOW,   /* an interrupt can be taken and somebody waits for that */
+    AK_EXIT_HYPERCALL,    /* VMCALL/VMMCALL */
+    AK_EXIT_DIRTY_FULL,
+    AK_EXIT_ENGINE,       /* the engine could not go on; err */
+    AK_EXIT_SIGNAL,       /* a signal that GUP would have been interrupted by: EINTR */
+};
+
+/* Why host memory could not be had (fault.c); kvm's error pfns by their own names. */
+enum ak_pfn {
+    KVM_PFN_OK = 0,
+    KVM_PFN_NOSLOT,
+    KVM_PFN_ERR_RO_FAULT,
+    KVM_PFN_ERR_FAULT,
+    KVM_PFN_ERR_HWPOISON,
+    KVM_PFN_ERR_SIGPENDING,
+};
+
+/* What the host said of a page that could not be touched. */
+enum ak_host_fault {
+    AK_HOST_OK = 0,
+    AK_HOST_UNMAPPED,  /* SIGSEGV, SEGV_MAPERR */
+    AK_HOST_DENIED,    /* SIGSEGV, SEGV_ACCERR */
+    AK_HOST_BEYOND,    /* SIGBUS, BUS_ADRERR: beyond the end of the file, no memory for it */
+    AK_HOST_POISONED,  /* SIGBUS, BUS_MCEERR_AR */
+};
+
+struct ak_exit {
+    u32 kind;
+    u32 size;
+    u64 gpa;
+    u64 hva;
+    u32 access;
+    int32_t err;      /* negative errno */
+    u32 annotate;     /* kvm would call kvm_prepare_memory_fault_exit() in every profile */
+    u32 flags;        /* memory_fault.flags */
+    u32 host_fault;   /* enum ak_host_fault */
+    u32 slot_id;
+    u32 port;
+    u32 count;
+    u32 is_write;
+    u32 ninsn;        /* instruction bytes, for emulation failures */
+    u64 data;
+    u8 insn[16];
+};
+
+/* kvm_memory_slot: guest frames to host addresses. */
+struct ak_slot {
+    u64 base_gfn, npages, hva;
+    u32 flags;
+    u32 id;           /* as_id << 16 | slot */
+    u64 *dirty_bitmap;
+};
+
+struct ak_vcpu;
+
+struct ak_vm {
+    pthread_mutex_t lock;     /* the vCPU list, and one updater at a time */
+    pthread_cond_t changed;
+    struct ak_slot **slots;   /* by base_gfn; as_id 0 */
+    u32 nslots, slots_room;
+    volatile u32 paused;      /* updaters waiting or at work: vCPUs stay out of guest mode */
+    u32 in_guest;
+    u32 dead;
+    u32 mm;                   /* which fork of the process made it */
+    u64 tsc_khz, tsc_boot_ns;
+    struct ak_vcpu *vcpus;
+    u32 nvcpus;
+};
+
+/* A pending exception: kvm_queued_exception, kept over a KVM_RUN that failed while delivering it. */
+struct ak_event {
+    u8 injected, vector, has_error, nmi_pending;
+    u32 error_code;
+    u8 irq_injected, irq_vector, nmi_injected, nmi_masked;
+};
+
+/* Device accesses of the one instruction being emulated: done ones are replayed, the next one is the exit. */
+#define AK_LOG 64
+struct ak_access_log {
+    u64 gpa, data;
+    u8 size, is_write;
+};
+
+enum ak_emulation { AK_NATIVE = 0, AK_ARMED, AK_RUNNING };
+
+/* What run.py completes at the next KVM_RUN (vcpu->arch.complete_userspace_io) */
+enum ak_completion { AK_COMPLETE_NONE = 0, AK_COMPLETE_PIO, AK_COMPLETE_STRING_IN, AK_COMPLETE_MMIO_READ, AK_COMPLETE_MMIO_WRITE };
+
+struct ak_msr_state {
+    u64 apic_base, misc_enable, tsc_adjust, hwcr, bios_sign_id, platform_info, mcg_status, mcg_ctl, spec_ctrl;
+    u64 mtrr_def, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8];
+    int64_t tsc_offset;
+};
+
+struct ak_vcpu {
+    /* -- shared with run.py (run.pxd and mirror.py name these) --------------------------------------------- */
+    struct kvm_run *run;      /* pages 0..2 of the vCPU file */
+    struct ak_exit exit;
+    u32 completion;           /* enum ak_completion: vcpu->arch.complete_userspace_io */
+    u32 stopping;             /* complete the pending instruction, nothing else */
+    u32 string_in;            /* INS items wait in the PIO page */
+    u32 has_sigmask;          /* KVM_SET_SIGNAL_MASK is in force */
+    u32 annotate_all;         /* profile: a bare -EFAULT is annotated, as api.rst says */
+    u32 ran;                  /* KVM_RUN reached the guest once: CPUID is final */
+    u64 sync_supported;       /* KVM_CAP_SYNC_REGS: register sets */
+    u32 mp_state;
+    /* -- the engine's side --------------------------------------------------------------------------------- */
+    struct ak_vm *vm;
+    struct ak_vcpu *next;
+    pthread_mutex_t mutex;    /* vcpu->mutex: one vCPU ioctl at a time */
+    u32 id;
+    u64 cr8;                  /* userspace irqchip: the task priority */
+    u64 sigmask;              /* KVM_SET_SIGNAL_MASK */
+    sigset_t outer_mask, active_mask;
+    volatile u32 in_guest;
+    volatile u64 entries, tick_entries;
+    struct uc_struct *uc;
+    struct CPUState *cpu;
+    struct CPUX86State *env;
+    struct ak_event event;
+    struct ak_msr_state msr;
+    struct kvm_cpuid_entry2 *cpuid;
+    u32 ncpuid;
+    volatile u32 kick;
+    u32 emulation;            /* enum ak_emulation */
+    u32 emulate_alone;        /* CF_PARALLEL off: an atomic that cannot be one on this memory */
+    u32 nlog, nreplay;
+    struct ak_access_log log[AK_LOG];
+    u32 nfragments, fragment; /* writes of a retired instruction, one exit each */
+    struct ak_access_log fragments[AK_LOG];
+    u32 translating;          /* number of the instruction being translated, from 1 */
+    u32 delivering;           /* an exception or interrupt is being delivered */
+    u64 deliver_eip;          /* eip to go back to when delivery faults (software interrupts) */
+    u64 deliver_rsp;
+    u32 deliver_soft;
+    u32 single_step_sse;      /* MXCSR has an unmasked exception: instruction by instruction */
+    u64 emulate_rip;          /* where the instruction waits for a read's answer */
+    u64 pio_rip;              /* linear rip of the pending PIO instruction */
+    u32 pio_len, pio_size, pio_count, pio_in;
+    u64 *code_pages;          /* set of host pages with translated code (open addressing) */
+    u32 code_count, code_room;
+    uintptr_t jit_slot;       /* stack slot of a helper's return address into translated code */
+    void *uc_hook;
+    u64 fills, faults;        /* statistics */
+    u64 tsc_base;
+    u64 align_pc;             /* translate.c: instruction under 16-byte alignment rule */
+    u32 align_need;
+    u64 insn_pc;              /* translate.c: bytes shown to the decoder instead of memory */
+    u32 insn_len;
+    u8 insn_bytes[16];
+    void *tlb_flush_pending;
+};
+
+/* engine.c */
+struct ak_vm *ak_vm_create(void);
+void ak_vm_destroy(struct ak_vm *vm);
+struct ak_vcpu *ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run);
+void ak_vcpu_destroy(struct ak_vcpu *v);
+void ak_vcpu_reset(struct ak_vcpu *v);
+void ak_enter(struct ak_vcpu *v);
+void ak_kick(struct ak_vcpu *v);
+void ak_leave(struct ak_vcpu *v, u32 kind, uintptr_t retaddr) __attribute__((noreturn));
+void ak_flush_tlb(struct ak_vcpu *v);
+void ak_vm_pause(struct ak_vm *vm);
+void ak_vm_resume(struct ak_vm *vm, bool flush);
+bool ak_guest_enter(struct ak_vcpu *v);
+void ak_guest_exit(struct ak_vcpu *v);
+const char *ak_self_test(void);
+extern __thread struct ak_vcpu *ak_current __attribute__((tls_model("initial-exec")));
+static inline struct ak_vcpu *ak_of_env(struct CPUX86State *env) { (void)env; return ak_current; }
+
+/* signals.c */
+void ak_signals_enter(struct ak_vcpu *v);
+bool ak_signal_pending(struct ak_vcpu *v);
+void ak_signals_leave(struct ak_vcpu *v);
+void ak_ticker_arm(struct ak_vcpu *v);
+int ak_watch(struct ak_vcpu *v);
+void ak_unwatch(struct ak_vcpu *v);
+int ak_vcpu_lock(struct ak_vcpu *v);
+void ak_vcpu_unlock(struct ak_vcpu *v);
+int ak_vcpu_dead(struct ak_vcpu *v);
+u32 ak_mm_generation(void);
+
+/* sync.c */
+int ak_sync_regs(struct ak_vcpu *v);
+void ak_store_regs(struct ak_vcpu *v);
+int ak_set_cr8(struct ak_vcpu *v);
+void ak_post_kvm_run_save(struct ak_vcpu *v);
+void ak_fill_memory_fault(struct ak_vcpu *v);
+void ak_exit_mmio(struct ak_vcpu *v);
+void ak_exit_io(struct ak_vcpu *v);
+void ak_exit_internal(struct ak_vcpu *v, u32 suberror);
+void ak_hypercall(struct ak_vcpu *v);
+void ak_run_guest(struct ak_vcpu *v);
+bool ak_irq_window(struct ak_vcpu *v);
+
+/* host.c */
+int ak_host_init(void);
+int ak_host_touch(u64 hva, bool write, u64 *poison);
+int ak_copy_in(void *to, u64 from, u64 size);   /* copy_from_user(): 0 or -EFAULT */
+int ak_copy_out(u64 to, const void *from, u64 size);
+
+/* slots.c */
+struct ak_slot *ak_gfn_to_memslot(struct ak_vm *vm, u64 gfn);
+int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot);
+int ak_slot_remove(struct ak_vm *vm, u64 base_gfn, u32 id);
+int ak_slot_flags(struct ak_vm *vm, u64 base_gfn, u32 id, u32 flags, u64 *dirty_bitmap);
+
+/* fault.c */
+struct ak_translation {
+    u64 gpa, hva;      /* page bases */
+    u32 prot;          /* 1 read, 2 write, 4 fetch: what the TLB entry may allow */
+    u32 error_code;    /* of a guest #PF */
+    u32 pfn;           /* enum ak_pfn */
+    u32 host_fault;
+    u32 slot_id;
+    u64 fault_hva;
+    u32 fault_access;
+};
+int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
+
+/* mmu.c */
+enum ak_walk { AK_WALK_OK = 0, AK_WALK_PF, AK_WALK_GP, AK_WALK_STAGE2 };
+int ak_walk(struct ak_vcpu *v, u64 va, enum ak_access access, int mmu_idx, bool side_effects, struct ak_translation *t);
+int ak_translate(struct ak_vcpu *v, u64 va, u64 *gpa, u32 *writeable, u32 *usermode); /* KVM_TRANSLATE */
+
+/* emulate.c */
+void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
+bool ak_emulate_boundary(struct ak_vcpu *v);
+bool ak_next_fragment(struct ak_vcpu *v);
+void ak_answer_read(struct ak_vcpu *v);
+bool ak_answered(const struct ak_vcpu *v, u64 gpa);
+void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
+
+/* pio.c */
+void ak_complete_pio(struct ak_vcpu *v);
+void ak_string_io(struct ak_vcpu *v);
+void ak_finish_string_in(struct ak_vcpu *v);
+
+/* events.c */
+void ak_event_hook(struct uc_struct *uc, u32 vector, void *user);
+bool ak_deliver_pending(struct ak_vcpu *v);
+bool ak_interrupt_allowed(struct ak_vcpu *v);
+void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr) __attribute__((noreturn));
+
+/* msr.c, cpuid.c, control.c */
+int ak_msr_get(struct ak_vcpu *v, u32 index, u64 *value, bool host);
+int ak_msr_set(struct ak_vcpu *v, u32 index, u64 value, bool host);
+void ak_cpuid(struct ak_vcpu *v, u32 function, u32 index, u32 out[4]);
+bool ak_cpuid_has(struct ak_vcpu *v, u32 function, int reg, int bit);
+u64 ak_tsc(struct ak_vcpu *v);
+u64 ak_cr4_reserved(struct ak_vcpu *v);
+u64 ak_efer_reserved(struct ak_vcpu *v);
+int ak_check_cr0(u64 cr0);
+
+/* state.c */
+void ak_get_regs(struct ak_vcpu *v, struct kvm_regs *regs);
+void ak_set_regs(struct ak_vcpu *v, const struct kvm_regs *regs);
+void ak_get_sregs(struct ak_vcpu *v, struct kvm_sregs *sregs);
+int ak_set_sregs(struct ak_vcpu *v, const struct kvm_sregs *sregs);
+void ak_get_fpu(struct ak_vcpu *v, struct kvm_fpu *fpu);
+void ak_set_fpu(struct ak_vcpu *v, const struct kvm_fpu *fpu);
+u64 ak_get_rip(struct ak_vcpu *v);
+void ak_set_rip(struct ak_vcpu *v, u64 rip);
+u64 ak_get_rflags(struct ak_vcpu *v);
+void ak_update_hflags(struct ak_vcpu *v);
+
+/* translate.c, coherence.c */
+void ak_check_code(struct ak_vcpu *v);
+void ak_check_code_page(struct ak_vcpu *v, u64 hva);
+void ak_code_pages_free(struct ak_vcpu *v);

@@ -1,0 +1,156 @@
+/* Exceptions and interrupts, delivered by the engine's own code through the guest's IDT. An event whose delivery meets
+ * an unresolvable fault stays injected over the KVM_RUN that failed and is delivered by the next one; a software
+ * interrupt goes back to its instruction instead (ORACLE: int3 and ud2 with an unbacked IDT). */
+#include "engine_internal.h"
+
+static bool has_error_code(u32 vector)
+{
+    return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17;
+}
+
+/* Raise a guest exception from adapter code. */
+void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr)
+{
+    if (v->emulation != AK_NATIVE) {
+        v->emulation = AK_NATIVE;
+        v->emulate_alone = 0;
+        v->nlog = v->nreplay = v->nfragments = 0; /* ABI.md 7.4 T14: earlier writes of the instruction are dropped */
+    }
+    raise_exception_err_ra_x86_64(v->env, vector, error_code, retaddr);
+}
+
+/* INT n: remember where the instruction is; its delivery may have to go back. */
+void helper_raise_interrupt_x86_64(struct CPUX86State *env, int vector, int next_eip_addend)
+{
+    ak_current->deliver_eip = env->eip;
+    raise_interrupt_x86_64(env, vector, 1, 0, next_eip_addend);
+}
+
+static void deliver(struct ak_vcpu *v, void (*how)(struct ak_vcpu *))
+{
+    v->delivering = 1;
+    how(v);
+    v->delivering = 0;
+}
+
+static void deliver_exception(struct ak_vcpu *v)
+{
+    x86_cpu_do_interrupt_x86_64(v->cpu);
+}
+
+static void deliver_irq(struct ak_vcpu *v)
+{
+    do_interrupt_x86_hardirq_x86_64(v->env, v->event.irq_vector, 1);
+}
+
+static void deliver_nmi(struct ak_vcpu *v)
+{
+    do_interrupt_x86_hardirq_x86_64(v->env, 2, 1);
+}
+
+bool ak_is_string_io(struct ak_vcpu *v);
+bool ak_is_hypercall(struct ak_vcpu *v);
+
+/* The engine's exception hook, between blocks: exception_index, error_code, is_int are set, RIP is exact. */
+void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
+{
+    struct ak_vcpu *v = ak_current;
+    struct CPUX86State *env = v->env;
+    (void)uc;
+    (void)user;
+    v->translating = 0;
+    if (vector == EXCP_UD && !env->exception_is_int) {
+        if (ak_is_string_io(v)) {
+            env->old_exception = -1;
+            ak_string_io(v);
+            return;
+        }
+        if (ak_is_hypercall(v)) {
+            env->old_exception = -1;
+            ak_leave(v, AK_EXIT_HYPERCALL, 0);
+        }
+    }
+    v->deliver_soft = env->exception_is_int;
+    v->event.injected = !env->exception_is_int;
+    v->event.vector = (u8)vector;
+    v->event.has_error = has_error_code(vector) && (env->cr[0] & CR0_PE);
+    v->event.error_code = (u32)env->error_code;
+    deliver(v, deliver_exception);
+    v->event.injected = 0;
+    v->deliver_soft = 0;
+}
+
+/* Triple fault: the engine asks for a reset. */
+void qemu_system_reset_request(struct uc_struct *uc)
+{
+    (void)uc;
+    ak_current->exit.kind = AK_EXIT_SHUTDOWN;
+}
+
+bool ak_interrupt_allowed(struct ak_vcpu *v)
+{
+    return (ak_get_rflags(v) & RFLAGS_IF) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
+}
+
+bool ak_sse_boundary(struct ak_vcpu *v);
+void ak_finish_string_in(struct ak_vcpu *v);
+
+/* Replaces the engine's interrupt hook: called between blocks while interrupt_request is set, in the order KVM has:
+ * the emulated instruction first, then NMI, then an injected interrupt, then the interrupt window. */
+_Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
+{
+    struct ak_vcpu *v = ak_current;
+    bool taken = false;
+    (void)request;
+    if (v->string_in) {
+        v->string_in = 0;
+        ak_finish_string_in(v);
+    } else if (v->emulation != AK_NATIVE) {
+        ak_emulate_boundary(v);
+        if (v->stopping && v->emulation == AK_NATIVE)
+            cpu->exit_request = 1;
+        return true;
+    }
+    if (v->stopping) { /* a completion, not a run: nothing else may happen (ABI.md 1, row 17) */
+        cpu->exit_request = 1;
+        return true;
+    }
+    if (v->single_step_sse)
+        taken = ak_sse_boundary(v);
+    if (v->event.nmi_pending && !v->event.nmi_masked && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
+        v->event.nmi_masked = 1;
+        v->event.nmi_injected = 1;
+        v->env->hflags2 |= HF2_NMI_MASK;
+        deliver(v, deliver_nmi);
+        v->event.nmi_pending = v->event.nmi_injected = 0;
+        taken = true;
+    }
+    bool open = (v->env->eflags & RFLAGS_IF) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
+    if (v->event.irq_injected && (open || v->delivering)) {
+        deliver(v, deliver_irq);
+        v->event.irq_injected = 0;
+        taken = true;
+    } else if (open && v->run->request_interrupt_window) {
+        v->exit.kind = AK_EXIT_IRQ_WINDOW;
+        cpu->exit_request = 1;
+    }
+    if (!v->event.irq_injected && !v->event.nmi_pending && !v->run->request_interrupt_window && !v->single_step_sse)
+        cpu->interrupt_request &= ~CPU_INTERRUPT_HARD;
+    return taken;
+}
+
+/* Before entering: what is injected comes first. */
+bool ak_deliver_pending(struct ak_vcpu *v)
+{
+    if (v->event.injected && !v->stopping) {
+        v->cpu->exception_index = v->event.vector;
+        v->env->error_code = (int)v->event.error_code;
+        v->env->exception_is_int = 0;
+        return true;
+    }
+    if (v->emulation != AK_NATIVE || v->string_in || v->stopping)
+        v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
+    if (v->event.irq_injected || v->event.nmi_pending || v->run->request_interrupt_window || v->single_step_sse)
+        v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
+    return false;
+}

@@ -1,0 +1,143 @@
+/* Second stage: a guest page fault resolved through its memslot and the host's own mapping, in the order of ABI.md 3,
+ * and the TLB fill built on it. The fill replaces the engine's; the handler of a host fault in guest code lives here
+ * too, because both end in "restart the instruction, look the page up again". */
+#define _GNU_SOURCE
+#include "engine_internal.h"
+#include <errno.h>
+#include <ucontext.h>
+
+/* kvm_mmu_faultin_pfn(): no slot, read-only slot, then the host page by the touch get_user_pages() would do. */
+int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)
+{
+    u64 gfn = gpa >> 12;
+    struct ak_slot *slot = ak_gfn_to_memslot(v->vm, gfn);
+    t->gpa = gpa & AK_PAGE_MASK;
+    t->fault_access = access;
+    if (!slot || gfn >> (AK_MAXPHYADDR - 12))
+        return t->pfn = KVM_PFN_NOSLOT;
+    t->slot_id = slot->id;
+    if (access == AK_WRITE && (slot->flags & KVM_MEM_READONLY))
+        return t->pfn = KVM_PFN_ERR_RO_FAULT;
+    t->hva = t->fault_hva = slot->hva + ((gfn - slot->base_gfn) << 12);
+    t->host_fault = ak_host_touch(t->hva, access == AK_WRITE, NULL);
+    if (t->host_fault)
+        return t->pfn = t->host_fault == AK_HOST_POISONED ? KVM_PFN_ERR_HWPOISON : KVM_PFN_ERR_FAULT;
+    if (access == AK_WRITE && slot->dirty_bitmap) {
+        u64 at = gfn - slot->base_gfn;
+        __atomic_or_fetch(&slot->dirty_bitmap[at / 64], 1ull << (at % 64), __ATOMIC_RELAXED);
+    }
+    return t->pfn = KVM_PFN_OK;
+}
+
+static void __attribute__((noreturn)) fault_exit(struct ak_vcpu *v, struct ak_translation *t, uintptr_t retaddr)
+{
+    v->exit.gpa = t->gpa;
+    v->exit.hva = t->fault_hva;
+    v->exit.access = t->fault_access;
+    v->exit.host_fault = t->host_fault;
+    v->exit.slot_id = t->slot_id;
+    v->exit.size = AK_PAGE_SIZE;
+    v->exit.flags = 0;
+    v->exit.annotate = 0;
+    v->exit.err = -EFAULT;
+    v->faults++;
+    ak_leave(v, t->pfn == KVM_PFN_ERR_HWPOISON ? AK_EXIT_SIGNAL : AK_EXIT_FAULT, retaddr);
+}
+
+/* A fetch that fails while a block is being translated is not this instruction's fault yet: run the instructions
+ * before it as a shorter block first, so that RIP is exact. */
+static void before_fetch_fault(struct ak_vcpu *v)
+{
+    if (v->translating > 1) {
+        v->cpu->cflags_next_tb = v->translating - 1;
+        v->cpu->exception_index = -1;
+        v->translating = 0;
+        cpu_loop_exit_x86_64(v->cpu);
+    }
+}
+
+/* Replaces the engine's TLB fill: both stages, then one entry that allows no more than this access proved. */
+_Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int access, int mmu_idx, _Bool probe,
+                              uintptr_t retaddr)
+{
+    struct ak_vcpu *v = ak_current;
+    struct ak_translation t = {0};
+    (void)size;
+    v->fills++;
+    int r = ak_walk(v, addr, access, mmu_idx, true, &t);
+    if (r == AK_WALK_OK && access == AK_READ && ak_answered(v, t.gpa)) {
+        t.pfn = KVM_PFN_NOSLOT; /* the exit's answer counts, whatever the slots have become since */
+    } else if (r == AK_WALK_OK && ak_faultin_pfn(v, t.gpa, access, &t) == KVM_PFN_OK) {
+        int prot = access == AK_WRITE ? t.prot & 3 : access == AK_FETCH ? t.prot & 5 : 1;
+        bool transient = v->emulation != AK_NATIVE && access != AK_FETCH;
+        if (access == AK_FETCH)
+            ak_check_code_page(v, t.hva);
+        tlb_set_page_x86_64(cs, addr & AK_PAGE_MASK, t.hva, prot, mmu_idx, transient ? 1 : AK_PAGE_SIZE);
+        return 1;
+    }
+    if (probe)
+        return 0;
+    if (access == AK_FETCH)
+        before_fetch_fault(v);
+    if (r == AK_WALK_GP)
+        ak_raise(v, EXCP_GP, 0, retaddr);
+    if (r == AK_WALK_PF) {
+        v->env->cr[2] = addr;
+        ak_raise(v, EXCP_PF, (int)t.error_code, retaddr);
+    }
+    if (r == AK_WALK_STAGE2)
+        fault_exit(v, &t, retaddr);
+    bool device = t.pfn == KVM_PFN_NOSLOT || t.pfn == KVM_PFN_ERR_RO_FAULT;
+    if (access == AK_FETCH) {
+        if (!device)
+            fault_exit(v, &t, retaddr);
+        ak_emulate_failed(v, retaddr);
+    }
+    if (v->delivering && device) {
+        v->exit.gpa = t.gpa | (addr & ~AK_PAGE_MASK);
+        ak_leave(v, AK_EXIT_DELIVERY, retaddr);
+    }
+    if (v->emulation == AK_NATIVE) {
+        if (!device)
+            fault_exit(v, &t, retaddr);
+        ak_emulate_start(v, retaddr);
+    }
+    /* KVM's emulator: whatever cannot be touched is a device page (ABI.md 0.9) */
+    tlb_set_page_x86_64(cs, addr & AK_PAGE_MASK, AK_MMIO_WINDOW_BASE + t.gpa, access == AK_WRITE ? 2 : 1, mmu_idx, 1);
+    return 1;
+}
+
+/* -- host faults in guest code ------------------------------------------------------------------------------------ */
+
+static bool in_code(const struct ak_vcpu *v, uintptr_t pc)
+{
+    const struct TCGContext *tcg = v->uc->tcg_ctx;
+    return pc - (uintptr_t)tcg->code_gen_buffer < tcg->code_gen_buffer_size;
+}
+
+/* The host refused an access by guest code whose page was there when the TLB was filled: somebody changed the mapping
+ * without telling anyone. Forget all translations and restart the instruction; the fill will then meet the page as it
+ * is now. Called in the signal handler; does not return if the fault was the guest's. */
+bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why, ucontext_t *context)
+{
+    uintptr_t pc = (uintptr_t)context->uc_mcontext.gregs[REG_RIP], retaddr = 0;
+    (void)address;
+    (void)why;
+    if (in_code(v, pc))
+        retaddr = pc + 2; /* the restore takes two bytes off a return address */
+    else if (!v->translating && !v->delivering) {
+        retaddr = *(uintptr_t *)v->jit_slot; /* a helper called by translated code */
+        if (!in_code(v, retaddr))
+            return false;
+    }
+    if (v->emulation == AK_RUNNING) {
+        v->emulation = AK_ARMED;
+        v->nreplay = 0;
+        v->cpu->cflags_next_tb = 1;
+    }
+    v->translating = 0;
+    tlb_flush_x86_64(v->cpu);
+    if (!v->delivering)
+        v->cpu->exception_index = -1;
+    cpu_loop_exit_restore_x86_64(v->cpu, retaddr);
+}

@@ -1,0 +1,167 @@
+/* Host memory that may not be there. Guest memory is the process's own, so the host's MMU is the second stage of the
+ * guest's: what it refuses arrives here as SIGSEGV or SIGBUS. Two cases are ours: an access under a guard (a TLB fill
+ * probing a page, a copy from or to the caller), and an access by guest code whose mapping changed behind our back
+ * (fault.c leaves the guest precisely). Everything else goes to whoever handled the signal before. */
+#define _GNU_SOURCE
+#include "engine_internal.h"
+#include <errno.h>
+#include <string.h>
+#include <ucontext.h>
+
+struct guard {
+    sigjmp_buf env;
+    volatile sig_atomic_t armed;
+    enum ak_host_fault outcome;
+    u64 address;
+};
+static __thread struct guard guard;
+static struct sigaction previous[2];
+static int installed;
+
+bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why, ucontext_t *uc);
+
+static enum ak_host_fault classify(int signo, const siginfo_t *si)
+{
+    if (signo == SIGBUS)
+        return si->si_code == BUS_MCEERR_AR ? AK_HOST_POISONED : AK_HOST_BEYOND;
+    return si->si_code == SEGV_ACCERR ? AK_HOST_DENIED : AK_HOST_UNMAPPED;
+}
+
+static void pass_on(int signo, siginfo_t *si, void *context)
+{
+    struct sigaction *old = &previous[signo == SIGBUS];
+    if (old->sa_flags & SA_SIGINFO)
+        old->sa_sigaction(signo, si, context);
+    else if (old->sa_handler != SIG_DFL && old->sa_handler != SIG_IGN)
+        old->sa_handler(signo);
+    else {
+        sigaction(signo, old, NULL); /* the default action, at the faulting instruction or by raising again */
+        if (si->si_code <= 0)
+            raise(signo);
+    }
+}
+
+static void on_signal(int signo, siginfo_t *si, void *context)
+{
+    int saved = errno;
+    if (si->si_code > 0) { /* from the kernel: a fault of this thread, not kill() */
+        enum ak_host_fault why = classify(signo, si);
+        if (guard.armed) {
+            guard.outcome = why;
+            guard.address = (u64)si->si_addr;
+            siglongjmp(guard.env, 1);
+        }
+        if (ak_current && ak_guest_host_fault(ak_current, (u64)si->si_addr, why, context)) {
+            errno = saved;
+            return;
+        }
+    }
+    errno = saved;
+    pass_on(signo, si, context);
+}
+
+/* Install the handlers, once more if somebody replaced them. SA_NODEFER: a guard is left by a jump, which must not
+ * leave the signal blocked. SA_ONSTACK is not set: guest code runs on this thread's own stack. */
+int ak_host_init(void)
+{
+    static const int signals[2] = {SIGSEGV, SIGBUS};
+    for (int i = 0; i < 2; i++) {
+        struct sigaction now, ours = {.sa_flags = SA_SIGINFO | SA_NODEFER};
+        ours.sa_sigaction = on_signal;
+        sigemptyset(&ours.sa_mask);
+        if (sigaction(signals[i], NULL, &now))
+            return -errno;
+        if ((now.sa_flags & SA_SIGINFO) && now.sa_sigaction == on_signal)
+            continue;
+        previous[i] = now;
+        if (sigaction(signals[i], &ours, NULL))
+            return -errno;
+    }
+    installed = 1;
+    return 0;
+}
+
+/* Touch one page as get_user_pages() would: read for reads, write (without a change) for writes. */
+int ak_host_touch(u64 hva, bool write, u64 *address)
+{
+    if (sigsetjmp(guard.env, 0)) {
+        guard.armed = 0;
+        if (address)
+            *address = guard.address;
+        return guard.outcome;
+    }
+    guard.armed = 1;
+    __asm__ volatile("" ::: "memory");
+    if (write)
+        __asm__ volatile("lock orb $0, %0" : "+m"(*(volatile u8 *)hva));
+    else
+        (void)*(volatile u8 *)hva;
+    __asm__ volatile("" ::: "memory");
+    guard.armed = 0;
+    return AK_HOST_OK;
+}
+
+static int guarded_copy(void *to, const void *from, u64 size)
+{
+    if (size && sigsetjmp(guard.env, 0)) {
+        guard.armed = 0;
+        return -EFAULT;
+    }
+    guard.armed = 1;
+    __asm__ volatile("" ::: "memory");
+    memcpy(to, from, size);
+    __asm__ volatile("" ::: "memory");
+    guard.armed = 0;
+    return 0;
+}
+
+static bool user_range(u64 at, u64 size)
+{
+    return at + size >= at && at + size <= (1ull << 47) - AK_PAGE_SIZE;
+}
+
+int ak_copy_in(void *to, u64 from, u64 size)
+{
+    return user_range(from, size) ? guarded_copy(to, (const void *)from, size) : -EFAULT;
+}
+
+int ak_copy_out(u64 to, const void *from, u64 size)
+{
+    return user_range(to, size) ? guarded_copy((void *)to, from, size) : -EFAULT;
+}
+
+/* One guarded load of a 4- or 8-byte entry; with write, also prove the page writable. enum ak_host_fault. */
+int ak_host_load(u64 hva, u32 size, bool write, u64 *value)
+{
+    if (sigsetjmp(guard.env, 0)) {
+        guard.armed = 0;
+        return guard.outcome;
+    }
+    guard.armed = 1;
+    __asm__ volatile("" ::: "memory");
+    if (write)
+        __asm__ volatile("lock orb $0, %0" : "+m"(*(volatile u8 *)hva));
+    *value = size == 8 ? *(volatile u64 *)hva : *(volatile u32 *)hva;
+    __asm__ volatile("" ::: "memory");
+    guard.armed = 0;
+    return AK_HOST_OK;
+}
+
+/* Replace an entry if it is still old. 0, 1 if it changed, or (negated) enum ak_host_fault. */
+int ak_host_cmpxchg(u64 hva, u32 size, u64 old, u64 new)
+{
+    bool same;
+    if (sigsetjmp(guard.env, 0)) {
+        guard.armed = 0;
+        return -(int)guard.outcome;
+    }
+    guard.armed = 1;
+    __asm__ volatile("" ::: "memory");
+    if (size == 8)
+        same = __sync_bool_compare_and_swap((u64 *)hva, old, new);
+    else
+        same = __sync_bool_compare_and_swap((u32 *)hva, (u32)old, (u32)new);
+    __asm__ volatile("" ::: "memory");
+    guard.armed = 0;
+    return same ? 0 : 1;
+}

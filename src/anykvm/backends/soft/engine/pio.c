@@ -1,0 +1,288 @@
+/* Port I/O. IN and OUT leave with RIP at the instruction; the next KVM_RUN completes them (complete_fast_pio_in/out):
+ * merge the value, skip the instruction, unless the caller moved RIP. String forms are KVM's emulator's: OUTS one item
+ * an exit with registers written back; INS as many items as fit into the page of the destination. */
+#include "engine_internal.h"
+#include <errno.h>
+#include <string.h>
+
+#define PIO_PAGE 4096 /* KVM_PIO_PAGE_OFFSET in bytes */
+#define INS_BUFFER 1024
+
+extern void helper_check_iob_x86_64(struct CPUX86State *, u32);
+extern void helper_check_iow_x86_64(struct CPUX86State *, u32);
+extern void helper_check_iol_x86_64(struct CPUX86State *, u32);
+
+static u8 *pio_data(struct ak_vcpu *v)
+{
+    return (u8 *)v->run + PIO_PAGE;
+}
+
+static u64 linear_rip(const struct ak_vcpu *v)
+{
+    u64 rip = v->env->segs[R_CS].base + v->env->eip;
+    return v->env->hflags & HF_CS64_MASK ? rip : (u32)rip;
+}
+
+static bool is_prefix(u8 b, bool mode64)
+{
+    switch (b) {
+    case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65: case 0x66: case 0x67: case 0xf0: case 0xf2: case 0xf3:
+        return true;
+    default:
+        return mode64 && (b & 0xf0) == 0x40;
+    }
+}
+
+/* Length of the IN or OUT at RIP. */
+static u32 pio_length(struct ak_vcpu *v, u64 rip)
+{
+    bool mode64 = v->env->hflags & HF_CS64_MASK;
+    for (u32 n = 0; n < 15; n++) {
+        u8 b = (u8)cpu_ldub_code_x86_64(v->env, rip + n);
+        if (!is_prefix(b, mode64))
+            return n + (b < 0xe8 ? 2 : 1); /* E4-E7 carry the port; EC-EF take it from DX */
+    }
+    return 1;
+}
+
+static void __attribute__((noreturn)) pio_exit(struct ak_vcpu *v, u32 port, u32 data, u32 size, bool in, uintptr_t ra)
+{
+    cpu_restore_state_x86_64(v->cpu, ra, true);
+    v->pio_rip = linear_rip(v);
+    v->pio_len = pio_length(v, v->pio_rip);
+    v->pio_size = size;
+    v->pio_in = in;
+    v->exit.port = port;
+    v->exit.size = size;
+    v->exit.count = 1;
+    v->exit.is_write = !in;
+    if (!in)
+        memcpy(pio_data(v), &data, size);
+    v->completion = AK_COMPLETE_PIO;
+    ak_leave(v, AK_EXIT_IO, 0);
+}
+
+#define OUT(name, type) \
+    void name(struct CPUX86State *env, u32 port, u32 data) \
+    { (void)env; pio_exit(ak_current, port & 0xffff, (type)data, sizeof(type), false, GETPC()); }
+#define IN(name, type) \
+    u64 name(struct CPUX86State *env, u32 port) \
+    { (void)env; pio_exit(ak_current, port & 0xffff, 0, sizeof(type), true, GETPC()); }
+OUT(helper_outb_x86_64, u8)
+OUT(helper_outw_x86_64, u16)
+OUT(helper_outl_x86_64, u32)
+IN(helper_inb_x86_64, u8)
+IN(helper_inw_x86_64, u16)
+IN(helper_inl_x86_64, u32)
+
+/* complete_fast_pio_in/out() */
+void ak_complete_pio(struct ak_vcpu *v)
+{
+    u32 data = 0;
+    if (linear_rip(v) != v->pio_rip)
+        return; /* the caller moved RIP: the result is dropped */
+    if (v->pio_in) {
+        memcpy(&data, pio_data(v), v->pio_size);
+        u64 mask = v->pio_size == 4 ? ~0ull : (1ull << (8 * v->pio_size)) - 1;
+        v->env->regs[R_EAX] = (v->env->regs[R_EAX] & ~mask) | data;
+    }
+    v->env->eip += v->pio_len;
+    if (!(v->env->hflags & HF_CS64_MASK))
+        v->env->eip = (u32)v->env->eip;
+    v->env->hflags &= ~HF_INHIBIT_IRQ_MASK;
+    v->env->eflags &= ~(u64)RFLAGS_RF;
+}
+
+/* -- string forms ------------------------------------------------------------------------------------------------- */
+
+struct string_io {
+    u32 size, addr_bytes, len;
+    int seg;
+    bool in, rep;
+};
+
+static bool decode_string(struct ak_vcpu *v, struct string_io *s)
+{
+    bool mode64 = v->env->hflags & HF_CS64_MASK, wide = v->env->hflags & HF_CS32_MASK;
+    bool opsize = false, adsize = false;
+    *s = (struct string_io){.seg = R_DS};
+    for (u32 n = 0; n < 15; n++) {
+        u8 b = (u8)cpu_ldub_code_x86_64(v->env, linear_rip(v) + n);
+        switch (b) {
+        case 0x26: s->seg = R_ES; continue;
+        case 0x2e: s->seg = R_CS; continue;
+        case 0x36: s->seg = R_SS; continue;
+        case 0x3e: s->seg = R_DS; continue;
+        case 0x64: s->seg = R_FS; continue;
+        case 0x65: s->seg = R_GS; continue;
+        case 0x66: opsize = true; continue;
+        case 0x67: adsize = true; continue;
+        case 0xf2: case 0xf3: s->rep = true; continue;
+        case 0x6c: case 0x6d: case 0x6e: case 0x6f:
+            s->in = b < 0x6e;
+            s->size = !(b & 1) ? 1 : (mode64 || wide) != opsize ? 4 : 2;
+            s->addr_bytes = mode64 ? (adsize ? 4 : 8) : wide != adsize ? 4 : 2;
+            s->len = n + 1;
+            return true;
+        default:
+            if (mode64 && (b & 0xf0) == 0x40)
+                continue;
+            return false;
+        }
+    }
+    return false;
+}
+
+bool ak_is_string_io(struct ak_vcpu *v)
+{
+    struct string_io s;
+    return decode_string(v, &s);
+}
+
+static u64 address_mask(u32 bytes)
+{
+    return bytes == 8 ? ~0ull : (1ull << (8 * bytes)) - 1;
+}
+
+static void set_reg(struct ak_vcpu *v, int reg, u32 bytes, u64 value)
+{
+    u64 *r = &v->env->regs[reg];
+    *r = bytes == 2 ? (*r & ~0xffffull) | (u16)value : bytes == 4 ? (u32)value : value;
+}
+
+static u64 string_address(struct ak_vcpu *v, const struct string_io *s)
+{
+    int seg = s->in ? R_ES : s->seg;
+    u64 base = v->env->segs[seg].base, at = v->env->regs[s->in ? R_EDI : R_ESI] & address_mask(s->addr_bytes);
+    if (v->env->hflags & HF_CS64_MASK)
+        return (seg == R_FS || seg == R_GS ? base : 0) + at;
+    return (u32)(base + at);
+}
+
+static void advance(struct ak_vcpu *v, const struct string_io *s, u32 items)
+{
+    int64_t step = (v->env->df < 0 ? -1 : 1) * (int64_t)s->size * items;
+    int reg = s->in ? R_EDI : R_ESI;
+    set_reg(v, reg, s->addr_bytes, v->env->regs[reg] + (u64)step);
+    u64 left = 0;
+    if (s->rep) {
+        left = (v->env->regs[R_ECX] - items) & address_mask(s->addr_bytes);
+        set_reg(v, R_ECX, s->addr_bytes, left);
+    }
+    if (!left)
+        v->env->eip += s->len;
+}
+
+static int mmu_index(struct ak_vcpu *v)
+{
+    if ((v->env->hflags & HF_CPL_MASK) == 3)
+        return MMU_USER_IDX;
+    return !(v->env->hflags & HF_SMAP_MASK) || (v->env->eflags & RFLAGS_AC) ? 2 : MMU_KSMAP_IDX;
+}
+
+/* Copy guest memory through both stages as KVM's emulator does: what the host refuses becomes device accesses. */
+static u32 guest_copy(struct ak_vcpu *v, u64 va, u8 *data, u32 size, bool write)
+{
+    u32 done = 0;
+    while (done < size) {
+        struct ak_translation t = {0};
+        u64 at = va + done;
+        u32 part = size - done, room = (u32)(AK_PAGE_SIZE - (at & ~AK_PAGE_MASK));
+        part = part < room ? part : room;
+        int r = ak_walk(v, at, write ? AK_WRITE : AK_READ, mmu_index(v), true, &t);
+        if (r == AK_WALK_GP)
+            ak_raise(v, EXCP_GP, 0, 0);
+        if (r != AK_WALK_OK) {
+            v->env->cr[2] = at;
+            ak_raise(v, EXCP_PF, (int)t.error_code, 0);
+        }
+        ak_faultin_pfn(v, t.gpa, write ? AK_WRITE : AK_READ, &t);
+        u64 hva = t.hva | (at & ~AK_PAGE_MASK), gpa = t.gpa | (at & ~AK_PAGE_MASK);
+        bool ram = t.pfn == KVM_PFN_OK;
+        if (ram && (write ? ak_copy_out(hva, data + done, part) : ak_copy_in(data + done, hva, part)))
+            ram = false;
+        if (ram && write)
+            tb_invalidate_phys_range_x86_64(v->uc, hva - AK_HOST_WINDOW_BASE, hva - AK_HOST_WINDOW_BASE + part);
+        if (!ram && write)
+            for (u32 i = 0; i < part && v->nfragments < AK_LOG; i += 8) {
+                struct ak_access_log *f = &v->fragments[v->nfragments++];
+                *f = (struct ak_access_log){.gpa = gpa + i, .size = (u8)(part - i < 8 ? part - i : 8), .is_write = 2};
+                memcpy(&f->data, data + done + i, f->size);
+            }
+        if (!ram && !write) {
+            if (v->nreplay < v->nlog)
+                memcpy(data + done, &v->log[v->nreplay++].data, part);
+            else {
+                v->log[v->nlog] = (struct ak_access_log){.gpa = gpa, .size = (u8)part};
+                v->exit.gpa = gpa;
+                v->exit.size = part;
+                v->exit.is_write = 0;
+                v->completion = AK_COMPLETE_MMIO_READ;
+                ak_leave(v, AK_EXIT_MMIO, 0);
+            }
+        }
+        done += part;
+    }
+    return done;
+}
+
+static u32 ins_items(struct ak_vcpu *v, const struct string_io *s)
+{
+    u64 count = s->rep ? v->env->regs[R_ECX] & address_mask(s->addr_bytes) : 1;
+    u64 in_page = v->env->df < 0 ? (v->env->regs[R_EDI] & ~AK_PAGE_MASK) / s->size
+                                 : (AK_PAGE_SIZE - (v->env->regs[R_EDI] & ~AK_PAGE_MASK)) / s->size;
+    u64 n = count < INS_BUFFER / s->size ? count : INS_BUFFER / s->size;
+    n = in_page < n ? in_page : n;
+    return v->env->df < 0 ? 1 : n ? (u32)n : 1;
+}
+
+/* INS or OUTS at RIP (the decoder was shown UD2 in its place). Privilege first, then the exit. */
+void ak_string_io(struct ak_vcpu *v)
+{
+    struct string_io s;
+    u32 port = v->env->regs[R_EDX] & 0xffff;
+    decode_string(v, &s);
+    u32 cpl = v->env->hflags & HF_CPL_MASK, iopl = (u32)(v->env->eflags >> 12) & 3;
+    if ((v->env->cr[0] & CR0_PE) && (cpl > iopl || (v->env->eflags & RFLAGS_VM)))
+        (s.size == 1 ? helper_check_iob_x86_64 : s.size == 2 ? helper_check_iow_x86_64 : helper_check_iol_x86_64)(
+            v->env, port);
+    if (s.rep && !(v->env->regs[R_ECX] & address_mask(s.addr_bytes))) {
+        v->env->eip += s.len;
+        return;
+    }
+    v->exit.port = port;
+    v->exit.size = s.size;
+    v->exit.count = 1;
+    v->exit.is_write = !s.in;
+    v->nreplay = 0;
+    if (s.in) {
+        v->exit.count = v->pio_count = ins_items(v, &s);
+        v->pio_rip = linear_rip(v);
+        v->completion = AK_COMPLETE_STRING_IN;
+    } else {
+        u8 item[4] = {0};
+        guest_copy(v, string_address(v, &s), item, s.size, false);
+        memcpy(pio_data(v), item, s.size);
+        v->nlog = v->nreplay = 0;
+        advance(v, &s, 1);
+    }
+    ak_leave(v, AK_EXIT_IO, 0);
+}
+
+/* The rest of INS, in guest context: the items are in the PIO page. */
+void ak_finish_string_in(struct ak_vcpu *v)
+{
+    struct string_io s;
+    if (linear_rip(v) != v->pio_rip || !decode_string(v, &s) || !s.in)
+        return;
+    u32 items = v->pio_count;
+    u64 left = s.rep ? v->env->regs[R_ECX] & address_mask(s.addr_bytes) : 1;
+    if (left < items) /* the caller changed RCX between the exits */
+        items = (u32)left;
+    v->nfragments = v->fragment = 0;
+    if (items)
+        guest_copy(v, string_address(v, &s), pio_data(v), items * s.size, true);
+    advance(v, &s, items);
+    if (v->nfragments)
+        v->exit.kind = AK_EXIT_MMIO;
+}

@@ -1,0 +1,196 @@
+/* Signals and KVM_RUN. The kernel returns EINTR when a signal is deliverable under the active mask, and the handler runs
+ * on the way out. In user space that is: block everything while the guest runs, look what is pending, restore the mask.
+ * Looking needs the vCPU to leave guest code, so a ticker kicks one that has not left by itself for a millisecond. */
+#define _GNU_SOURCE
+#include "engine.h"
+#include <errno.h>
+#include <string.h>
+#include <time.h>
+
+#define TICK_NS 1000000
+#define IDLE_TICKS 50
+
+/* -- the mask ------------------------------------------------------------------------------------------------------ */
+
+static sigset_t everything(void)
+{
+    static const int synchronous[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP};
+    sigset_t set;
+    sigfillset(&set);
+    for (unsigned i = 0; i < sizeof synchronous / sizeof *synchronous; i++)
+        sigdelset(&set, synchronous[i]);
+    return set;
+}
+
+/* kvm_sigset_activate(): the caller's own mask unless KVM_SET_SIGNAL_MASK gave one. */
+void ak_signals_enter(struct ak_vcpu *v)
+{
+    sigset_t all = everything();
+    pthread_sigmask(SIG_SETMASK, &all, &v->outer_mask);
+    v->active_mask = v->outer_mask;
+    if (v->has_sigmask) {
+        sigemptyset(&v->active_mask);
+        memcpy(&v->active_mask, &v->sigmask, sizeof v->sigmask);
+    }
+}
+
+void ak_signals_leave(struct ak_vcpu *v)
+{
+    pthread_sigmask(SIG_SETMASK, &v->outer_mask, NULL);
+}
+
+/* A signal that does nothing is never pending for the kernel, but stays pending while it is blocked. */
+static bool ignored(int signo)
+{
+    struct sigaction action;
+    if (sigaction(signo, NULL, &action))
+        return true;
+    if (action.sa_flags & SA_SIGINFO)
+        return false;
+    if (action.sa_handler == SIG_IGN)
+        return true;
+    return action.sa_handler == SIG_DFL && (signo == SIGCHLD || signo == SIGCONT || signo == SIGURG || signo == SIGWINCH);
+}
+
+/* signal_pending() under the active mask. */
+bool ak_signal_pending(struct ak_vcpu *v)
+{
+    sigset_t pending;
+    if (sigpending(&pending) || sigisemptyset(&pending))
+        return false;
+    for (int signo = 1; signo < 65; signo++)
+        if (sigismember(&pending, signo) == 1 && !sigismember(&v->active_mask, signo) && !ignored(signo))
+            return true;
+    return false;
+}
+
+/* -- the ticker ---------------------------------------------------------------------------------------------------- */
+
+static pthread_mutex_t ticker_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t ticker_wake = PTHREAD_COND_INITIALIZER;
+static struct ak_vcpu *watched[4096];
+static u32 nwatched;
+static bool ticker_started;
+static volatile bool ticker_idle = true;
+
+static bool tick(void)
+{
+    bool busy = false;
+    for (u32 i = 0; i < nwatched; i++) {
+        struct ak_vcpu *v = watched[i];
+        if (v->in_guest && v->entries == v->tick_entries)
+            ak_kick(v);
+        busy |= v->in_guest || v->entries != v->tick_entries;
+        v->tick_entries = v->entries;
+    }
+    return busy;
+}
+
+static void *ticker(void *unused)
+{
+    u32 quiet = 0;
+    (void)unused;
+    pthread_mutex_lock(&ticker_lock);
+    for (;;) {
+        struct timespec pause = {.tv_nsec = TICK_NS};
+        quiet = tick() ? 0 : quiet + 1;
+        if (quiet > IDLE_TICKS) {
+            ticker_idle = true;
+            while (ticker_idle)
+                pthread_cond_wait(&ticker_wake, &ticker_lock);
+            quiet = 0;
+        }
+        pthread_mutex_unlock(&ticker_lock);
+        nanosleep(&pause, NULL);
+        pthread_mutex_lock(&ticker_lock);
+    }
+    return NULL;
+}
+
+static void start_ticker(void)
+{
+    pthread_t thread;
+    sigset_t all = everything(), old;
+    pthread_sigmask(SIG_SETMASK, &all, &old); /* no signal of the process is for the ticker */
+    if (!pthread_create(&thread, NULL, ticker, NULL)) {
+        pthread_detach(thread);
+        ticker_started = true;
+    }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+}
+
+/* Before guest code runs: have it watched. */
+void ak_ticker_arm(struct ak_vcpu *v)
+{
+    v->entries++;
+    if (__builtin_expect(!ticker_idle, 1))
+        return;
+    pthread_mutex_lock(&ticker_lock);
+    ticker_idle = false;
+    if (!ticker_started)
+        start_ticker();
+    pthread_cond_signal(&ticker_wake);
+    pthread_mutex_unlock(&ticker_lock);
+}
+
+int ak_watch(struct ak_vcpu *v)
+{
+    int r = 0;
+    pthread_mutex_lock(&ticker_lock);
+    if (nwatched < sizeof watched / sizeof *watched)
+        watched[nwatched++] = v;
+    else
+        r = -ENOMEM;
+    pthread_mutex_unlock(&ticker_lock);
+    return r;
+}
+
+void ak_unwatch(struct ak_vcpu *v)
+{
+    pthread_mutex_lock(&ticker_lock);
+    for (u32 i = 0; i < nwatched; i++)
+        if (watched[i] == v) {
+            watched[i] = watched[--nwatched];
+            break;
+        }
+    pthread_mutex_unlock(&ticker_lock);
+}
+
+/* -- vcpu->mutex, and a VM's life ---------------------------------------------------------------------------------- */
+
+static u32 mm_generation = 1;
+
+static void in_child(void)
+{
+    mm_generation++; /* VMs of the parent are another mm's: EIO */
+    ticker_started = false;
+    ticker_idle = true;
+    nwatched = 0;
+    pthread_mutex_init(&ticker_lock, NULL);
+}
+
+static void __attribute__((constructor)) watch_forks(void)
+{
+    pthread_atfork(NULL, NULL, in_child);
+}
+
+u32 ak_mm_generation(void)
+{
+    return mm_generation;
+}
+
+/* km:kvm_vcpu_ioctl: another mm, or a dead VM. */
+int ak_vcpu_dead(struct ak_vcpu *v)
+{
+    return v->vm->dead || v->vm->mm != mm_generation ? -EIO : 0;
+}
+
+int ak_vcpu_lock(struct ak_vcpu *v)
+{
+    return -pthread_mutex_lock(&v->mutex);
+}
+
+void ak_vcpu_unlock(struct ak_vcpu *v)
+{
+    pthread_mutex_unlock(&v->mutex);
+}

@@ -1,0 +1,77 @@
+/* The memslot table: guest frames to host addresses, sorted by base_gfn. Updates happen while no vCPU is in guest mode
+ * (ak_vm_pause), so a TLB fill reads it without a lock. */
+#include "engine.h"
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+static u32 position(const struct ak_vm *vm, u64 gfn)
+{
+    u32 low = 0, high = vm->nslots;
+    while (low < high) {
+        u32 mid = (low + high) / 2;
+        if (vm->slots[mid]->base_gfn + vm->slots[mid]->npages <= gfn)
+            low = mid + 1;
+        else
+            high = mid;
+    }
+    return low;
+}
+
+struct ak_slot *ak_gfn_to_memslot(struct ak_vm *vm, u64 gfn)
+{
+    u32 at = position(vm, gfn);
+    return at < vm->nslots && vm->slots[at]->base_gfn <= gfn ? vm->slots[at] : NULL;
+}
+
+int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot)
+{
+    if (vm->nslots == vm->slots_room) {
+        u32 room = vm->slots_room ? vm->slots_room * 2 : 16;
+        struct ak_slot **grown = realloc(vm->slots, room * sizeof *grown);
+        if (!grown)
+            return -ENOMEM;
+        vm->slots = grown;
+        vm->slots_room = room;
+    }
+    struct ak_slot *copy = malloc(sizeof *copy);
+    if (!copy)
+        return -ENOMEM;
+    *copy = *slot;
+    u32 at = position(vm, slot->base_gfn);
+    memmove(vm->slots + at + 1, vm->slots + at, (vm->nslots - at) * sizeof *vm->slots);
+    vm->slots[at] = copy;
+    vm->nslots++;
+    return 0;
+}
+
+static struct ak_slot *exact(struct ak_vm *vm, u64 base_gfn, u32 id, u32 *at)
+{
+    *at = position(vm, base_gfn);
+    if (*at < vm->nslots && vm->slots[*at]->base_gfn == base_gfn && vm->slots[*at]->id == id)
+        return vm->slots[*at];
+    return NULL;
+}
+
+int ak_slot_remove(struct ak_vm *vm, u64 base_gfn, u32 id)
+{
+    u32 at;
+    struct ak_slot *slot = exact(vm, base_gfn, id, &at);
+    if (!slot)
+        return -ENOENT;
+    memmove(vm->slots + at, vm->slots + at + 1, (vm->nslots - at - 1) * sizeof *vm->slots);
+    vm->nslots--;
+    free(slot);
+    return 0;
+}
+
+int ak_slot_flags(struct ak_vm *vm, u64 base_gfn, u32 id, u32 flags, u64 *dirty_bitmap)
+{
+    u32 at;
+    struct ak_slot *slot = exact(vm, base_gfn, id, &at);
+    if (!slot)
+        return -ENOENT;
+    slot->flags = flags;
+    slot->dirty_bitmap = dirty_bitmap;
+    return 0;
+}

@@ -1,0 +1,122 @@
+/* What KVM_RUN reads from and writes to the shared kvm_run page. run.py decides; these move the bytes. */
+#include "engine_internal.h"
+#include <errno.h>
+#include <string.h>
+
+#define KVM_HYPERCALL_UNKNOWN ((u64)-1000) /* KVM_ENOSYS */
+
+int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *events);
+void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *events);
+
+/* x86:sync_regs(): take over the register sets user space marked dirty. Any refusal is -EINVAL. */
+int ak_sync_regs(struct ak_vcpu *v)
+{
+    struct kvm_run *run = v->run;
+    const struct kvm_sync_regs *s = &run->s.regs;
+    if (run->kvm_dirty_regs & KVM_SYNC_X86_REGS) {
+        ak_set_regs(v, &s->regs);
+        run->kvm_dirty_regs &= ~(u64)KVM_SYNC_X86_REGS;
+    }
+    if (run->kvm_dirty_regs & KVM_SYNC_X86_SREGS) {
+        struct kvm_sregs copy = s->sregs; /* the page may change under us */
+        if (ak_set_sregs(v, &copy))
+            return -EINVAL;
+        run->kvm_dirty_regs &= ~(u64)KVM_SYNC_X86_SREGS;
+    }
+    if (run->kvm_dirty_regs & KVM_SYNC_X86_EVENTS) {
+        struct kvm_vcpu_events copy = s->events;
+        if (ak_set_events(v, &copy))
+            return -EINVAL;
+        run->kvm_dirty_regs &= ~(u64)KVM_SYNC_X86_EVENTS;
+    }
+    return 0;
+}
+
+/* x86:store_regs(), on errors too. */
+void ak_store_regs(struct ak_vcpu *v)
+{
+    struct kvm_run *run = v->run;
+    if (run->kvm_valid_regs & KVM_SYNC_X86_REGS)
+        ak_get_regs(v, &run->s.regs.regs);
+    if (run->kvm_valid_regs & KVM_SYNC_X86_SREGS)
+        ak_get_sregs(v, &run->s.regs.sregs);
+    if (run->kvm_valid_regs & KVM_SYNC_X86_EVENTS)
+        ak_get_events(v, &run->s.regs.events);
+}
+
+/* The userspace task priority: kvm_set_cr8(). */
+int ak_set_cr8(struct ak_vcpu *v)
+{
+    if (v->run->cr8 > 15)
+        return -EINVAL;
+    v->cr8 = v->run->cr8;
+    return 0;
+}
+
+void ak_post_kvm_run_save(struct ak_vcpu *v)
+{
+    struct kvm_run *run = v->run;
+    run->if_flag = !!(v->env->eflags & RFLAGS_IF);
+    run->cr8 = v->cr8;
+    run->apic_base = v->msr.apic_base;
+    run->ready_for_interrupt_injection = ak_interrupt_allowed(v) && !v->event.irq_injected && !v->event.injected;
+}
+
+bool ak_irq_window(struct ak_vcpu *v)
+{
+    return v->run->request_interrupt_window && ak_interrupt_allowed(v) && !v->event.irq_injected && !v->event.injected;
+}
+
+void ak_fill_memory_fault(struct ak_vcpu *v)
+{
+    *ak_run_memory_fault(v->run) = (struct ak_memory_fault){.flags = v->exit.flags, .gpa = v->exit.gpa, .size = v->exit.size};
+}
+
+void ak_exit_mmio(struct ak_vcpu *v)
+{
+    struct kvm_run *run = v->run;
+    run->mmio.phys_addr = v->exit.gpa;
+    run->mmio.len = v->exit.size;
+    run->mmio.is_write = (u8)v->exit.is_write;
+    if (v->exit.is_write)
+        memcpy(run->mmio.data, &v->exit.data, v->exit.size < 8 ? v->exit.size : 8);
+}
+
+void ak_exit_io(struct ak_vcpu *v)
+{
+    struct kvm_run *run = v->run;
+    run->io.direction = v->exit.is_write ? KVM_EXIT_IO_OUT : KVM_EXIT_IO_IN;
+    run->io.size = (u8)v->exit.size;
+    run->io.port = (u16)v->exit.port;
+    run->io.count = v->exit.count;
+    run->io.data_offset = 4096;
+}
+
+/* prepare_emulation_failure_exit() without instruction bytes; kvm_prepare_event_vectoring_exit(). */
+void ak_exit_internal(struct ak_vcpu *v, u32 suberror)
+{
+    struct kvm_run *run = v->run;
+    memset(run->internal.data, 0, sizeof run->internal.data);
+    run->internal.suberror = suberror;
+    run->internal.ndata = suberror == KVM_INTERNAL_ERROR_DELIVERY_EV ? 5 : 6;
+    if (suberror == KVM_INTERNAL_ERROR_DELIVERY_EV)
+        run->internal.data[3] = v->exit.gpa;
+}
+
+/* kvm_emulate_hypercall(): none is offered yet. */
+void ak_hypercall(struct ak_vcpu *v)
+{
+    v->env->regs[R_EAX] = v->env->hflags & HF_CPL_MASK ? (u64)-1 : KVM_HYPERCALL_UNKNOWN;
+    v->env->eip += 3;
+}
+
+/* Guest mode, once. */
+void ak_run_guest(struct ak_vcpu *v)
+{
+    ak_guest_enter(v);
+    v->in_guest = 1;
+    ak_ticker_arm(v);
+    ak_enter(v);
+    v->in_guest = 0;
+    ak_guest_exit(v);
+}

@@ -1,0 +1,201 @@
+/* What is translated differently from the stock engine:
+ *  - locked instructions are atomic between threads (CF_PARALLEL), except alone in emulation;
+ *  - a stop is honoured only where a block begins (check_exit_request after each load and store would roll back an
+ *    instruction whose store is done: ENGINE facts, section 4);
+ *  - INS/OUTS, and VEX instructions the engine would run as SSE, are shown to the decoder as an undefined opcode;
+ *  - 16-byte alignment of SSE operands (#GP) and, at CPL 3 with CR0.AM and EFLAGS.AC, natural alignment (#AC). */
+#include "engine_internal.h"
+
+#define MO_ALIGN (7 << 4)
+#define MO_ALIGN_16 (4 << 4)
+#define UNDEFINED_OPCODE 0xf1
+
+struct TCGContext;
+extern u32 __real_cpu_ldub_code_x86_64(struct CPUX86State *env, u64 va);
+extern void __real_gen_intermediate_code_x86_64(struct CPUState *, struct TranslationBlock *, int max_insns);
+extern void __real_translator_loop_x86_64(const struct TranslatorOps *, struct DisasContextBase *, struct CPUState *,
+                                          struct TranslationBlock *, int);
+extern void *__real_helper_lookup_tb_ptr_x86_64(struct CPUX86State *env);
+
+static __thread void (*stock_translate_insn)(struct DisasContextBase *, struct CPUState *);
+
+void check_exit_request_x86_64(struct TCGContext *tcg)
+{
+    (void)tcg;
+}
+
+u32 __wrap_cpu_ldub_code_x86_64(struct CPUX86State *env, u64 va)
+{
+    struct ak_vcpu *v = ak_current;
+    if (__builtin_expect(v->insn_len && va - v->insn_pc < v->insn_len, 0))
+        return v->insn_bytes[va - v->insn_pc];
+    return __real_cpu_ldub_code_x86_64(env, va);
+}
+
+/* -- which operands must be aligned ------------------------------------------------------------------------------- */
+
+struct decoded {
+    bool opsize, f2, f3, vex_undefined, string_io;
+    u32 map, opcode; /* map 0: one byte, 1: 0F, 2: 0F38, 3: 0F3A */
+};
+
+static bool vex_supported(u32 map, u32 opcode)
+{
+    if (map == 2)
+        return opcode == 0xf2 || opcode == 0xf3 || (opcode >= 0xf5 && opcode <= 0xf7); /* BMI1, BMI2 */
+    return map == 3 && opcode == 0xf0;                                                 /* RORX */
+}
+
+static void decode_vex(struct CPUX86State *env, u64 pc, u8 first, bool mode64, struct decoded *d)
+{
+    u8 next = (u8)__real_cpu_ldub_code_x86_64(env, pc + 1);
+    if (!mode64 && ((next & 0xc0) != 0xc0 || !(env->cr[0] & CR0_PE) || (env->eflags & RFLAGS_VM)))
+        return; /* LES, LDS */
+    if (first == 0xc5) {
+        d->vex_undefined = true;
+        return;
+    }
+    d->vex_undefined = !vex_supported(next & 31, (u8)__real_cpu_ldub_code_x86_64(env, pc + 3));
+}
+
+/* Prefixes and opcode, never reading a byte the decoder would not. */
+static struct decoded decode(struct CPUX86State *env, u64 pc)
+{
+    struct decoded d = {0};
+    bool mode64 = env->hflags & HF_CS64_MASK;
+    for (u32 n = 0; n < 14; n++) {
+        u8 b = (u8)__real_cpu_ldub_code_x86_64(env, pc + n);
+        switch (b) {
+        case 0x66: d.opsize = true; continue;
+        case 0xf2: d.f2 = true; continue;
+        case 0xf3: d.f3 = true; continue;
+        case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65: case 0x67: case 0xf0: continue;
+        case 0x6c: case 0x6d: case 0x6e: case 0x6f: d.string_io = true; return d;
+        case 0xc4: case 0xc5: decode_vex(env, pc + n, b, mode64, &d); return d;
+        case 0x0f: break;
+        default:
+            if (mode64 && (b & 0xf0) == 0x40)
+                continue;
+            d.opcode = b;
+            return d;
+        }
+        d.map = 1;
+        d.opcode = (u8)__real_cpu_ldub_code_x86_64(env, pc + n + 1);
+        if (d.opcode == 0x38 || d.opcode == 0x3a) {
+            d.map = d.opcode == 0x38 ? 2 : 3;
+            d.opcode = (u8)__real_cpu_ldub_code_x86_64(env, pc + n + 2);
+        }
+        return d;
+    }
+    return d;
+}
+
+/* Legacy SSE instructions with a 16-byte memory operand that must be aligned (SDM vol. 2, exception types 2 and 4). */
+static bool needs_align16(const struct decoded *d)
+{
+    u32 op = d->opcode;
+    if (d->map == 2) /* SSSE3, SSE4: 66-prefixed forms, less the PMOVSX/PMOVZX loads of part of a register */
+        return d->opsize && (op <= 0x1e || op == 0x28 || op == 0x29 || op == 0x2a || op == 0x2b || (op >= 0x37 && op <= 0x41) ||
+                             (op >= 0xdb && op <= 0xdf));
+    if (d->map == 3)
+        return d->opsize && ((op >= 0x08 && op <= 0x0f && op != 0x0a && op != 0x0b) || (op >= 0x40 && op <= 0x44) || op == 0xdf);
+    if (d->map != 1 || d->f2)
+        return false;
+    if (d->f3)
+        return op == 0x12 || op == 0x16 || op == 0x5b || op == 0x70;
+    switch (op) {
+    case 0x14: case 0x15: case 0x28: case 0x29: case 0x2b: case 0xc2: case 0xc6: return true;
+    case 0x5a: return d->opsize;            /* CVTPD2PS reads 16 bytes, CVTPS2PD 8 */
+    case 0x70: case 0x6f: case 0x7f: case 0xe7: case 0xe6: case 0x7c: case 0x7d: case 0xd0: return d->opsize;
+    case 0x6e: case 0x7e: case 0xd6: case 0xd7: case 0xc4: case 0xc5: case 0xf7: return false;
+    }
+    if (op >= 0x51 && op <= 0x5f)
+        return true;
+    return d->opsize && ((op >= 0x60 && op <= 0x6d) || (op >= 0x74 && op <= 0x76) || (op >= 0xd1 && op <= 0xfe));
+}
+
+static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
+{
+    struct ak_vcpu *v = ak_current;
+    v->translating = (u32)db->num_insns;
+    struct decoded d = decode(v->env, db->pc_next);
+    v->insn_len = 0;
+    if (d.string_io || d.vex_undefined) {
+        v->insn_pc = db->pc_next;
+        v->insn_bytes[0] = UNDEFINED_OPCODE;
+        v->insn_len = 1;
+    }
+    v->align_need = needs_align16(&d) ? MO_ALIGN_16 : 0;
+    if (!v->align_need && (db->tb->flags & HF_AC_MASK) && (db->tb->flags & HF_CPL_MASK) == 3 && (v->env->cr[0] & CR0_AM))
+        v->align_need = MO_ALIGN;
+    stock_translate_insn(db, cpu);
+    v->insn_len = 0;
+    v->align_need = 0;
+}
+
+void __wrap_translator_loop_x86_64(const struct TranslatorOps *ops, struct DisasContextBase *db, struct CPUState *cpu,
+                                   struct TranslationBlock *tb, int max_insns)
+{
+    struct TranslatorOps ours = *ops;
+    stock_translate_insn = ops->translate_insn;
+    ours.translate_insn = translate_insn;
+    __real_translator_loop_x86_64(&ours, db, cpu, tb, max_insns);
+}
+
+void __wrap_gen_intermediate_code_x86_64(struct CPUState *cpu, struct TranslationBlock *tb, int max_insns)
+{
+    struct ak_vcpu *v = ak_current;
+    struct TCGContext *tcg = v->uc->tcg_ctx;
+    u32 parallel = v->emulate_alone ? 0 : CF_PARALLEL;
+    v->translating = 1;
+    tb->cflags |= parallel;
+    tcg->tb_cflags |= parallel;
+    __real_gen_intermediate_code_x86_64(cpu, tb, max_insns);
+    tb->cflags &= ~parallel; /* look-ups compare with the flags asked for */
+    tcg->tb_cflags &= ~parallel;
+    v->translating = 0;
+}
+
+/* Emulation and stepping end with their instruction: no jump from one block straight into the next. */
+void *__wrap_helper_lookup_tb_ptr_x86_64(struct CPUX86State *env)
+{
+    struct ak_vcpu *v = ak_current;
+    if (__builtin_expect(v->emulation != AK_NATIVE || v->single_step_sse, 0))
+        return v->uc->tcg_ctx->code_gen_epilogue;
+    return __real_helper_lookup_tb_ptr_x86_64(env);
+}
+
+#define LDST(name, val)                                                                                                \
+    extern void __real_##name(struct TCGContext *, val, void *, uintptr_t, u32);                                       \
+    void __wrap_##name(struct TCGContext *tcg, val value, void *addr, uintptr_t idx, u32 memop)                        \
+    {                                                                                                                  \
+        __real_##name(tcg, value, addr, idx, memop | ak_current->align_need);                                          \
+        if (ak_current->align_need == MO_ALIGN_16)                                                                     \
+            ak_current->align_need = 0; /* the first half decides */                                                   \
+    }
+LDST(tcg_gen_qemu_ld_i32_x86_64, void *)
+LDST(tcg_gen_qemu_st_i32_x86_64, void *)
+LDST(tcg_gen_qemu_ld_i64_x86_64, void *)
+LDST(tcg_gen_qemu_st_i64_x86_64, void *)
+
+/* CPUClass.do_unaligned_access, for accesses marked above. */
+void ak_unaligned_access(struct CPUState *cpu, u64 addr, int access, int mmu_idx, uintptr_t retaddr)
+{
+    struct ak_vcpu *v = ak_current;
+    (void)addr;
+    (void)access;
+    (void)mmu_idx;
+    cpu_restore_state_x86_64(cpu, retaddr, true);
+    struct decoded d = decode(v->env, v->env->segs[R_CS].base + v->env->eip);
+    ak_raise(v, needs_align16(&d) ? EXCP_GP : EXCP_AC, 0, 0);
+}
+
+/* VMCALL (0F 01 C1) and VMMCALL (0F 01 D9) raise #UD in the engine; to KVM they are hypercalls. */
+bool ak_is_hypercall(struct ak_vcpu *v)
+{
+    u64 pc = v->env->segs[R_CS].base + v->env->eip;
+    if (__real_cpu_ldub_code_x86_64(v->env, pc) != 0x0f || __real_cpu_ldub_code_x86_64(v->env, pc + 1) != 0x01)
+        return false;
+    u32 third = __real_cpu_ldub_code_x86_64(v->env, pc + 2);
+    return third == 0xc1 || third == 0xd9;
+}

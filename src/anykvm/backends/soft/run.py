@@ -1,0 +1,182 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""KVM_RUN: the contract, row by row.
+
+This is the module to read to learn the ABI. Its shape follows the table of return paths of KVM_RUN on x86
+(``kvm_vcpu_ioctl`` -> ``kvm_arch_vcpu_ioctl_run`` -> ``vcpu_run`` -> ``vcpu_enter_guest`` -> ``handle_exit``); the row
+numbers in the comments are that table's. What each path returns and what it leaves in ``kvm_run.exit_reason`` is ABI.
+
+It is Cython in pure-Python mode: compiled it needs neither the interpreter nor its lock while the guest runs; as plain
+Python (``ANYKVM_PURE=1``) the same lines run over a ctypes mirror, which is how their branch coverage is measured.
+
+Functions return what the kernel's do: 1 to go on, 0 for an exit to user space, a negative errno for an error.
+
+Rows not here, because what leads to them is not offered: 3 and 6 (vCPU bring-up), 7 (a helper thread), 8-11 and 18
+(uninitialized vCPUs need an in-kernel APIC), 19 (VMX), 22-24 (nested guests, paravirtual requests), 25, 26 (no shadow
+page tables), 32, 33 (halt in the kernel).
+"""
+
+from __future__ import annotations
+
+import cython
+
+if cython.compiled:
+    from cython.cimports.anykvm.backends.soft import native  # type: ignore[import-not-found]
+else:
+    from anykvm.backends.soft import native
+
+
+def kvm_vcpu_ioctl_run(vcpu: native.vcpu_p, arg: cython.int) -> cython.int:
+    """virt/kvm/kvm_main.c, KVM_RUN of kvm_vcpu_ioctl(): rows 1 to 5. 0 or a negative errno."""
+    r: cython.int = native.ak_vcpu_dead(vcpu)
+    if r:
+        return r  # row 1: another mm, or the VM is dead: EIO; kvm_run is not touched
+    native.ak_vcpu_lock(vcpu)  # row 4: vcpu->mutex
+    if arg:
+        r = -native.EINVAL  # row 5
+    else:
+        # immediate_exit is read once, here: user space may write the page at any time
+        wants_to_run: cython.bint = not vcpu.run.immediate_exit
+        r = kvm_arch_vcpu_ioctl_run(vcpu, wants_to_run)
+    native.ak_vcpu_unlock(vcpu)
+    return r
+
+
+def kvm_arch_vcpu_ioctl_run(vcpu: native.vcpu_p, wants_to_run: cython.bint) -> cython.int:
+    """arch/x86/kvm/x86.c: rows 12 to 17, then the guest; on every path the epilogue."""
+    native.ak_signals_enter(vcpu)  # kvm_sigset_activate()
+    vcpu.run.flags = 0
+    r: cython.int = prepare(vcpu)
+    if r > 0 and vcpu.completion:
+        r = complete_userspace_io(vcpu)  # rows 15, 16: before immediate_exit is looked at
+    if r > 0 and not wants_to_run:
+        r = -native.EINTR  # row 17: exit_reason and its payload survive
+    if r > 0:
+        vcpu.ran = 1
+        r = vcpu_run(vcpu)
+    # epilogue: valid even on an error
+    if vcpu.run.kvm_valid_regs & vcpu.sync_supported:
+        native.ak_store_regs(vcpu)
+    native.ak_post_kvm_run_save(vcpu)
+    native.ak_signals_leave(vcpu)
+    return r
+
+
+def prepare(vcpu: native.vcpu_p) -> cython.int:
+    """Rows 12 to 14: register sync and CR8. A refusal leaves exit_reason and a pending completion as they were."""
+    if (vcpu.run.kvm_valid_regs | vcpu.run.kvm_dirty_regs) & ~vcpu.sync_supported:
+        return -native.EINVAL  # row 12
+    if vcpu.run.kvm_dirty_regs and native.ak_sync_regs(vcpu):
+        return -native.EINVAL  # row 13
+    if native.ak_set_cr8(vcpu):
+        return -native.EINVAL  # row 14: no in-kernel APIC, and run->cr8 is not a task priority
+    return 1
+
+
+def complete_userspace_io(vcpu: native.vcpu_p) -> cython.int:
+    """vcpu->arch.complete_userspace_io: finish the instruction the last exit was for, exactly once.
+
+    It may exit again (the next fragment of a device access: row 15, and KVM_RUN returns 0 even with immediate_exit).
+    """
+    completion: cython.int = vcpu.completion
+    vcpu.completion = native.AK_COMPLETE_NONE
+    if completion == native.AK_COMPLETE_PIO:
+        native.ak_complete_pio(vcpu)
+        return 1
+    if completion == native.AK_COMPLETE_MMIO_WRITE:
+        return handle_exit(vcpu) if native.ak_next_fragment(vcpu) else 1
+    if completion == native.AK_COMPLETE_STRING_IN:
+        vcpu.string_in = 1
+    else:
+        native.ak_answer_read(vcpu)
+    vcpu.stopping = 1  # the engine finishes this instruction and nothing else
+    native.ak_run_guest(vcpu)
+    vcpu.stopping = 0
+    return handle_exit(vcpu)
+
+
+def vcpu_run(vcpu: native.vcpu_p) -> cython.int:
+    """x86.c:vcpu_run(): the loop around the guest."""
+    vcpu.run.exit_reason = native.KVM_EXIT_UNKNOWN  # here, and no earlier: rows up to 17 keep the old reason
+    if vcpu.has_sigmask and native.ak_signal_pending(vcpu):
+        return signal_exit(vcpu)  # blocked for the thread, open for KVM_RUN: the guest is not entered
+    r: cython.int = 1
+    while r > 0:
+        native.ak_run_guest(vcpu)
+        r = handle_exit(vcpu)  # rows 28, 29
+        if r > 0 and native.ak_irq_window(vcpu):
+            vcpu.run.exit_reason = native.KVM_EXIT_IRQ_WINDOW_OPEN  # row 30: tested before the signal
+            r = 0
+        if r > 0 and native.ak_signal_pending(vcpu):
+            r = signal_exit(vcpu)  # row 31
+        if r > 0 and native.ak_vcpu_dead(vcpu):
+            r = -native.EIO  # row 20
+    return r
+
+
+def signal_exit(vcpu: native.vcpu_p) -> cython.int:
+    """kvm_handle_signal_exit()."""
+    vcpu.run.exit_reason = native.KVM_EXIT_INTR
+    return -native.EINTR
+
+
+def handle_exit(vcpu: native.vcpu_p) -> cython.int:
+    """Why the engine came back, in KVM's terms: rows 28 and 29."""
+    kind: cython.int = vcpu.exit.kind
+    if kind == native.AK_EXIT_IO:
+        vcpu.run.exit_reason = native.KVM_EXIT_IO
+        native.ak_exit_io(vcpu)
+        return 0
+    if kind == native.AK_EXIT_FAULT:
+        return page_fault_error(vcpu)
+    if kind == native.AK_EXIT_MMIO:
+        vcpu.run.exit_reason = native.KVM_EXIT_MMIO
+        native.ak_exit_mmio(vcpu)
+        return 0
+    if kind == native.AK_EXIT_KICKED:
+        return 1  # somebody wants the loop's tail looked at
+    if kind == native.AK_EXIT_HLT:
+        vcpu.run.exit_reason = native.KVM_EXIT_HLT
+        return 0
+    if kind == native.AK_EXIT_HYPERCALL:
+        native.ak_hypercall(vcpu)
+        return 1
+    return rare_exit(vcpu, kind)
+
+
+def rare_exit(vcpu: native.vcpu_p, kind: cython.int) -> cython.int:
+    """The exits that end a guest, and the interrupt window."""
+    if kind == native.AK_EXIT_SHUTDOWN:
+        vcpu.run.exit_reason = native.KVM_EXIT_SHUTDOWN
+        return 0
+    if kind == native.AK_EXIT_IRQ_WINDOW:
+        return 1  # row 30 decides, at the loop's tail
+    if kind == native.AK_EXIT_SIGNAL:
+        return signal_exit(vcpu)  # KVM_PFN_ERR_SIGPENDING
+    vcpu.run.exit_reason = native.KVM_EXIT_INTERNAL_ERROR
+    if kind == native.AK_EXIT_DELIVERY:
+        native.ak_exit_internal(vcpu, native.KVM_INTERNAL_ERROR_DELIVERY_EV)
+    else:
+        native.ak_exit_internal(vcpu, native.KVM_INTERNAL_ERROR_EMULATION)
+    return 0
+
+
+def page_fault_error(vcpu: native.vcpu_p) -> cython.int:
+    """A guest page fault nobody could resolve: mmu.c:kvm_handle_error_pfn().
+
+    The documentation promises memory_fault here. Mainline x86 returns a bare -EFAULT for an ordinary memslot and calls
+    kvm_prepare_memory_fault_exit() only on the private-memory paths (``exit.annotate``).
+    """
+    if vcpu.annotate_all or vcpu.exit.annotate:
+        vcpu.run.exit_reason = native.KVM_EXIT_MEMORY_FAULT
+        native.ak_fill_memory_fault(vcpu)
+    return vcpu.exit.err
+
+
+def kvm_run(address: int, arg: int) -> int:
+    """KVM_RUN on the vCPU at ``address`` (struct ak_vcpu). 0, or a negative errno. The GIL is released."""
+    r: cython.int
+    vcpu: native.vcpu_p = native.vcpu_at(address)
+    nonzero: cython.int = 1 if arg else 0
+    with cython.nogil:
+        r = kvm_vcpu_ioctl_run(vcpu, nonzero)
+    return r
