@@ -1,6 +1,9 @@
 /* CPUID from the table KVM_SET_CPUID2 gave, with the bits that follow other state (kvm_update_cpuid_runtime), and the
  * time-stamp counter. */
 #include "engine_internal.h"
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 static const struct kvm_cpuid_entry2 *find(const struct ak_vcpu *v, u32 function, u32 index)
@@ -79,4 +82,17 @@ void helper_rdpmc_x86_64(struct CPUX86State *env)
 {
     (void)env;
     ak_raise(ak_current, EXCP_GP, 0, GETPC()); /* no PMU */
+}
+
+/* KVM_SET_CPUID2: take over a table. 0 or -ENOMEM. */
+int ak_cpuid_load(struct ak_vcpu *v, const struct kvm_cpuid_entry2 *entries, u32 n)
+{
+    struct kvm_cpuid_entry2 *copy = malloc((n ? n : 1) * sizeof *copy);
+    if (!copy)
+        return -ENOMEM;
+    memcpy(copy, entries, n * sizeof *copy);
+    free(v->cpuid);
+    v->cpuid = copy;
+    v->ncpuid = n;
+    return 0;
 }

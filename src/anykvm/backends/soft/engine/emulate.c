@@ -6,6 +6,12 @@
 #include "engine_internal.h"
 #include <string.h>
 
+/* Blocks of one instruction; without atomics they are a kind of their own in the engine's cache. */
+u32 ak_alone_cflags(const struct ak_vcpu *v)
+{
+    return 1 | (v->emulate_alone ? CF_ALONE : 0);
+}
+
 /* Start: forget this instruction's effects so far (none is visible yet) and run it as a block of its own. */
 void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr)
 {
@@ -13,7 +19,7 @@ void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr)
     v->nlog = v->nreplay = v->nfragments = v->fragment = 0;
     v->translating = 0;
     v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
-    v->cpu->cflags_next_tb = 1;
+    v->cpu->cflags_next_tb = ak_alone_cflags(v);
     v->cpu->exception_index = -1;
     cpu_loop_exit_restore_x86_64(v->cpu, retaddr);
 }
@@ -31,7 +37,7 @@ bool ak_emulate_boundary(struct ak_vcpu *v)
     if (v->emulation == AK_ARMED) {
         v->emulation = AK_RUNNING;
         v->nreplay = v->nfragments = 0;
-        v->cpu->cflags_next_tb = 1;
+        v->cpu->cflags_next_tb = ak_alone_cflags(v);
         return true;
     }
     stop_emulating(v);
@@ -199,7 +205,7 @@ void cpu_loop_exit_atomic_x86_64(struct CPUState *cpu, uintptr_t retaddr)
     if (v->emulation == AK_NATIVE)
         ak_emulate_start(v, retaddr);
     v->emulation = AK_ARMED;
-    cpu->cflags_next_tb = 1;
+    cpu->cflags_next_tb = ak_alone_cflags(v);
     cpu->exception_index = -1;
     cpu_loop_exit_restore_x86_64(cpu, retaddr);
 }

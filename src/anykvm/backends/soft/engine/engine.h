@@ -277,6 +277,7 @@ int ak_translate(struct ak_vcpu *v, u64 va, u64 *gpa, u32 *writeable, u32 *userm
 
 /* emulate.c */
 void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
+u32 ak_alone_cflags(const struct ak_vcpu *v);
 bool ak_emulate_boundary(struct ak_vcpu *v);
 bool ak_next_fragment(struct ak_vcpu *v);
 void ak_answer_read(struct ak_vcpu *v);
@@ -298,6 +299,7 @@ void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr) 
 int ak_msr_get(struct ak_vcpu *v, u32 index, u64 *value, bool host);
 int ak_msr_set(struct ak_vcpu *v, u32 index, u64 value, bool host);
 void ak_cpuid(struct ak_vcpu *v, u32 function, u32 index, u32 out[4]);
+int ak_cpuid_load(struct ak_vcpu *v, const struct kvm_cpuid_entry2 *entries, u32 n);
 bool ak_cpuid_has(struct ak_vcpu *v, u32 function, int reg, int bit);
 u64 ak_tsc(struct ak_vcpu *v);
 u64 ak_cr4_reserved(struct ak_vcpu *v);

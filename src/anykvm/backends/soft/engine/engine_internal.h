@@ -11,6 +11,7 @@ enum { R_ES, R_CS, R_SS, R_DS, R_FS, R_GS };
 #define CPU_INTERRUPT_HARD 2u
 #define CF_COUNT_MASK 0x7fffu
 #define CF_PARALLEL 0x80000u
+#define CF_ALONE 0x8000u /* CF_LAST_IO: means nothing without icount, so it can mark blocks without atomics */
 
 #define HF_CPL_MASK 3u
 #define HF_INHIBIT_IRQ_MASK (1u << 3)

@@ -133,7 +133,7 @@ bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why,
     if (v->emulation == AK_RUNNING) {
         v->emulation = AK_ARMED;
         v->nreplay = 0;
-        v->cpu->cflags_next_tb = 1;
+        v->cpu->cflags_next_tb = ak_alone_cflags(v);
     }
     v->translating = 0;
     tlb_flush_x86_64(v->cpu);

@@ -146,7 +146,7 @@ void __wrap_gen_intermediate_code_x86_64(struct CPUState *cpu, struct Translatio
 {
     struct ak_vcpu *v = ak_current;
     struct TCGContext *tcg = v->uc->tcg_ctx;
-    u32 parallel = v->emulate_alone ? 0 : CF_PARALLEL;
+    u32 parallel = tb->cflags & CF_ALONE ? 0 : CF_PARALLEL;
     v->translating = 1;
     tb->cflags |= parallel;
     tcg->tb_cflags |= parallel;

@@ -1,0 +1,50 @@
+/* KVM_GET_VCPU_EVENTS and KVM_SET_VCPU_EVENTS: what is injected, pending or masked. Sources:
+ * kvm_vcpu_ioctl_x86_get_vcpu_events(), kvm_vcpu_ioctl_x86_set_vcpu_events(). */
+#include "engine_internal.h"
+#include <errno.h>
+#include <string.h>
+
+#define VALID_FLAGS (KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW | \
+                     KVM_VCPUEVENT_VALID_SMM)
+
+void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
+{
+    memset(e, 0, sizeof *e);
+    e->exception.injected = v->event.injected;
+    if (v->event.injected) {
+        e->exception.nr = v->event.vector;
+        e->exception.has_error_code = v->event.has_error;
+        e->exception.error_code = v->event.error_code;
+    }
+    e->interrupt.injected = v->event.irq_injected;
+    e->interrupt.nr = v->event.irq_vector;
+    e->interrupt.shadow = v->env->hflags & HF_INHIBIT_IRQ_MASK ? KVM_X86_SHADOW_INT_STI : 0;
+    e->nmi.injected = v->event.nmi_injected;
+    e->nmi.pending = v->event.nmi_pending;
+    e->nmi.masked = v->event.nmi_masked;
+    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+}
+
+/* 0 or -EINVAL: unknown flags, an exception number above 31 or NMI, system management mode. */
+int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *e)
+{
+    if (e->flags & ~(__u32)VALID_FLAGS)
+        return -EINVAL;
+    if (e->exception.injected && (e->exception.nr > 31 || e->exception.nr == 2))
+        return -EINVAL;
+    if ((e->flags & KVM_VCPUEVENT_VALID_SMM) && (e->smi.smm || e->smi.pending))
+        return -EINVAL;
+    v->event.injected = e->exception.injected;
+    v->event.vector = e->exception.nr;
+    v->event.has_error = e->exception.has_error_code;
+    v->event.error_code = e->exception.error_code;
+    v->event.irq_injected = e->interrupt.injected;
+    v->event.irq_vector = e->interrupt.nr;
+    if (e->flags & KVM_VCPUEVENT_VALID_SHADOW)
+        v->env->hflags = (v->env->hflags & ~HF_INHIBIT_IRQ_MASK) | (e->interrupt.shadow ? HF_INHIBIT_IRQ_MASK : 0);
+    v->event.nmi_injected = e->nmi.injected;
+    if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
+        v->event.nmi_pending = e->nmi.pending;
+    v->event.nmi_masked = e->nmi.masked;
+    return 0;
+}
