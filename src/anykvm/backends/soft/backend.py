@@ -1,0 +1,120 @@
+"""SoftBackend: the waist's five methods over the objects of this package."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+from anykvm.abi.ioctls import KVM_RUN
+from anykvm.abi.names import ioctl_error
+from anykvm.backends.soft import profiles
+from anykvm.backends.soft.engine.library import library
+from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.files import FILES
+from anykvm.backends.soft.pages import map_shared, unmap
+from anykvm.backends.soft.profiles import Profile
+from anykvm.backends.soft.run import kvm_run
+from anykvm.backends.soft.system import open_system
+from anykvm.backends.soft.vcpu import VcpuFile
+
+_U32: Final = 0xFFFFFFFF
+_U64: Final = 0xFFFFFFFFFFFFFFFF
+_PAGE_SIZE: Final = 4096
+_KVM_RUN: Final = KVM_RUN
+_run_messages: Final[dict[int, str]] = {}
+_running: Final = FILES.running
+
+
+class SoftBackend:
+    """KVM in user space; implements ``anykvm.backends.base.Backend``.
+
+    Descriptors are the process's, not this object's: as with the kernel, any SoftBackend takes them.
+
+    >>> backend = SoftBackend()
+    >>> backend.name, backend.profile
+    ('soft', 'documented')
+    >>> fd = backend.open()
+    >>> backend.ioctl(fd, 0xAE00)  # KVM_GET_API_VERSION
+    12
+    >>> backend.close(fd)
+    """
+
+    name: Final = "soft"
+
+    def __init__(self, profile: str | Profile = profiles.DOCUMENTED) -> None:
+        """Be the KVM that ``profile`` describes: one of ``profiles.PROFILES`` by name, or one of your own.
+
+        Raises ValueError for an unknown name; ImportError when the engine is not installed.
+        """
+        self._profile = profiles.profile(profile)
+        library()
+
+    def __repr__(self) -> str:
+        """Show the profile."""
+        return f"SoftBackend({self.profile!r})"
+
+    @property
+    def profile(self) -> str:
+        """The profile's name."""
+        return self._profile.name
+
+    def open(self) -> int:
+        """Open /dev/kvm; see ``Backend.open``."""
+        return open_system(self._profile)
+
+    def ioctl(self, fd: int, request: int, arg: int = 0) -> int:
+        """Do one ioctl; see ``Backend.ioctl``. KVM_RUN on a descriptor known to be a vCPU goes first and straight."""
+        if request == _KVM_RUN:
+            vcpu = _running.get(fd)
+            if vcpu is not None:
+                result = kvm_run(vcpu, arg)
+                if result < 0:
+                    raise _run_error(-result)
+                return result
+        return self._ioctl(fd, request & _U32, arg & _U64)
+
+    def _ioctl(self, fd: int, request: int, arg: int) -> int:
+        try:
+            file = FILES.get(fd)
+            if request == _KVM_RUN and isinstance(file, VcpuFile):
+                _running[fd] = file
+                return self.ioctl(fd, request, arg)
+            return file.ioctl(request, arg)
+        except Refused as refused:
+            raise ioctl_error(refused.errno, request, refused.detail) from None
+        except OSError as error:  # of a system call on the way: EMFILE, ENOMEM
+            raise ioctl_error(error.errno or errno.EIO, request) from error
+
+    def mmap(self, fd: int, length: int, offset: int) -> int:
+        """Map a vCPU's pages; see ``Backend.mmap``."""
+        what = f"mmap(fd={fd}, length={length:#x}, offset={offset:#x})"
+        try:
+            size = FILES.get(fd).mmap_size
+        except Refused as refused:
+            code = errno.ENODEV if refused.errno == errno.ENOTTY else refused.errno
+            raise OSError(code, f"{what}: {refused.detail}") from None
+        if not size:
+            raise OSError(errno.ENODEV, f"{what}: only a vCPU has pages")
+        pages = -(-length // _PAGE_SIZE) * _PAGE_SIZE
+        if length <= 0 or offset < 0 or offset % _PAGE_SIZE or offset + pages > size:
+            raise OSError(errno.EINVAL, f"{what}: a vCPU has {size:#x} bytes")
+        return map_shared(fd, length, offset)
+
+    def munmap(self, address: int, length: int) -> None:
+        """Unmap; see ``Backend.munmap``."""
+        unmap(address, length)
+
+    def close(self, fd: int) -> None:
+        """Close; see ``Backend.close``."""
+        try:
+            FILES.close(fd)
+        except Refused as refused:
+            raise OSError(refused.errno, os.strerror(refused.errno)) from None
+
+
+def _run_error(code: int) -> OSError:
+    message = _run_messages.get(code)
+    if message is None:
+        message = _run_messages[code] = f"KVM_RUN: {os.strerror(code)}"
+    return OSError(code, message)

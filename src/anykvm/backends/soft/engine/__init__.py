@@ -1,0 +1,1 @@
+"""The CPU engine adapter: C, loaded as ``libanykvm_engine.so`` beside this file; ``library`` knows its functions."""

@@ -1,0 +1,175 @@
+"""Memslots: KVM_SET_USER_MEMORY_REGION and _REGION2. Source:
+kvm_main.c:kvm_set_memory_region(), whose checks stand here in its order, numbered in comments.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_left, bisect_right
+from typing import Final, NamedTuple
+
+from anykvm.abi.constants import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+from anykvm.backends.soft.capabilities import KVM_ADDRESS_SPACES, KVM_USER_MEM_SLOTS
+from anykvm.backends.soft.cpuid import MAXPHYADDR
+from anykvm.backends.soft.engine.library import AkSlot, library
+from anykvm.backends.soft.errors import Refused
+
+PAGE_SIZE: Final = 4096
+PAGE_SHIFT: Final = 12
+TASK_SIZE_MAX: Final = (1 << 47) - PAGE_SIZE
+"""End of user addresses; access_ok() of a host with 4-level page tables."""
+KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1
+_U64: Final = (1 << 64) - 1
+_MAX_GFN: Final = (1 << (MAXPHYADDR - PAGE_SHIFT)) - 1
+_V1_FLAGS: Final = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY
+_VALID_FLAGS: Final = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY  # guest_memfd is not built in
+
+
+class Region(NamedTuple):
+    """The caller's ``struct kvm_userspace_memory_region``, every field as given."""
+
+    slot: int
+    """Slot number; the upper 16 bits are the address space."""
+    flags: int
+    guest_phys_addr: int
+    memory_size: int
+    userspace_addr: int
+
+
+class Memslot(NamedTuple):
+    """struct kvm_memory_slot: an active slot."""
+
+    slot: int
+    """Address space << 16 | id."""
+    flags: int
+    base_gfn: int
+    npages: int
+    userspace_addr: int
+
+
+class AddressSpace:
+    """The slots of one address space, by id and by guest frame; no two share a frame."""
+
+    def __init__(self) -> None:
+        """No slots."""
+        self.by_id: dict[int, Memslot] = {}
+        self._bases: list[int] = []  # sorted base_gfn of every slot
+        self._slots: list[Memslot] = []  # in the same order
+
+    def gfn_to_memslot(self, gfn: int) -> Memslot | None:
+        """Find the slot of a guest frame."""
+        at = bisect_right(self._bases, gfn) - 1
+        if at < 0 or gfn >= self._slots[at].base_gfn + self._slots[at].npages:
+            return None
+        return self._slots[at]
+
+    def overlap(self, base_gfn: int, npages: int, ignore: Memslot | None) -> Memslot | None:
+        """Find a slot, other than ``ignore``, that has one of these frames (kvm_check_memslot_overlap())."""
+        at = bisect_left(self._bases, base_gfn + npages) - 1
+        if at >= 0 and self._slots[at] is ignore:
+            at -= 1
+        if at < 0 or self._slots[at].base_gfn + self._slots[at].npages <= base_gfn:
+            return None
+        return self._slots[at]
+
+    def replace(self, old: Memslot | None, new: Memslot | None) -> None:
+        """Take ``old`` out and put ``new`` in; either may be None."""
+        if old is not None:
+            at = bisect_left(self._bases, old.base_gfn)
+            del self._bases[at], self._slots[at]
+            del self.by_id[old.slot & 0xFFFF]
+        if new is not None:
+            at = bisect_left(self._bases, new.base_gfn)
+            self._bases.insert(at, new.base_gfn)
+            self._slots.insert(at, new)
+            self.by_id[new.slot & 0xFFFF] = new
+
+
+class Memslots:
+    """All memslots of a VM. The caller holds the VM's lock around every method."""
+
+    def __init__(self, vm_address: int) -> None:
+        """For the engine's VM at this address."""
+        self._vm_address = vm_address
+        self.spaces = tuple(AddressSpace() for _ in range(KVM_ADDRESS_SPACES))
+        self.nr_memslot_pages = 0
+
+    def set_memory_region(self, region: Region, *, v1: bool) -> None:
+        """Create, delete, move or change a slot; ``v1``: by KVM_SET_USER_MEMORY_REGION, which knows two flags.
+
+        Refused: EINVAL, EEXIST (its frames belong to another slot), ENOMEM.
+        """
+        check_region(region, v1=v1)
+        space = self.spaces[region.slot >> 16]
+        old = space.by_id.get(region.slot & 0xFFFF)
+        npages = region.memory_size >> PAGE_SHIFT
+        if npages == 0:  # 13
+            if old is None:
+                raise Refused(errno.EINVAL, f"slot: {region.slot:#x} does not exist; memory_size 0 deletes")
+            self._commit(space, old, None)
+            return
+        new = Memslot(region.slot, region.flags, region.guest_phys_addr >> PAGE_SHIFT, npages, region.userspace_addr)
+        if old is None:
+            if self.nr_memslot_pages + npages > _U64:  # 14
+                raise Refused(errno.EINVAL, "memory_size: too many pages in all slots")
+        else:
+            _check_modify(old, new)
+            if new == old:  # 17
+                return
+        if old is None or new.base_gfn != old.base_gfn:
+            other = space.overlap(new.base_gfn, npages, old)
+            if other is not None:  # 18
+                raise Refused(errno.EEXIST, f"guest_phys_addr: the range overlaps slot {other.slot:#x}")
+            if new.base_gfn + npages - 1 > _MAX_GFN:  # 20
+                raise Refused(errno.EINVAL, f"guest_phys_addr: the range ends above 2^{MAXPHYADDR}")
+        self._commit(space, old, new)
+
+    def _commit(self, space: AddressSpace, old: Memslot | None, new: Memslot | None) -> None:
+        """kvm_set_memslot(). Only address space 0 is the engine's: no vCPU is ever in system management mode."""
+        if space is self.spaces[0]:
+            result: int = library().ak_set_memslot(self._vm_address, _for_engine(old), _for_engine(new))
+            if result:
+                raise Refused(-result)
+        space.replace(old, new)
+        self.nr_memslot_pages += (new.npages if new else 0) - (old.npages if old else 0)
+
+
+def check_region(region: Region, *, v1: bool) -> None:
+    """Check what does not depend on the slots there are: rows 3 to 12. Refused: EINVAL."""
+    slot, flags, gpa, size, hva = region
+    if v1 and flags & ~_V1_FLAGS:  # 3
+        raise Refused(errno.EINVAL, f"flags: {flags:#x} has bits that need KVM_SET_USER_MEMORY_REGION2")
+    if slot & 0xFFFF >= KVM_USER_MEM_SLOTS:  # 4
+        raise Refused(errno.EINVAL, f"slot: {slot & 0xFFFF} is not below {KVM_USER_MEM_SLOTS} (KVM_CAP_NR_MEMSLOTS)")
+    if flags & ~_VALID_FLAGS:  # 5
+        raise Refused(errno.EINVAL, f"flags: {flags:#x} has unknown bits, or ones this VM cannot have")
+    if size % PAGE_SIZE:  # 6
+        raise Refused(errno.EINVAL, f"memory_size: {size:#x} is not a multiple of the page size")
+    if gpa % PAGE_SIZE:  # 7
+        raise Refused(errno.EINVAL, f"guest_phys_addr: {gpa:#x} is not page aligned")
+    if hva % PAGE_SIZE:  # 8
+        raise Refused(errno.EINVAL, f"userspace_addr: {hva:#x} is not page aligned")
+    if hva + size > TASK_SIZE_MAX:  # 8: access_ok()
+        raise Refused(errno.EINVAL, f"userspace_addr: [{hva:#x}, {hva + size:#x}) is not all user addresses")
+    if slot >> 16 >= KVM_ADDRESS_SPACES:  # 10
+        raise Refused(errno.EINVAL, f"slot: address space {slot >> 16} (KVM_CAP_MULTI_ADDRESS_SPACE)")
+    if gpa + size > _U64:  # 11
+        raise Refused(errno.EINVAL, f"guest_phys_addr: {gpa:#x} + {size:#x} wraps")
+    if size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES:  # 12
+        raise Refused(errno.EINVAL, f"memory_size: {size:#x} is more than 2^31-1 pages")
+
+
+def _check_modify(old: Memslot, new: Memslot) -> None:
+    """Rows 15 and 16: what may change in a slot is where it is in the guest, and dirty logging."""
+    if new.userspace_addr != old.userspace_addr:
+        raise Refused(errno.EINVAL, f"userspace_addr: slot {old.slot:#x} has {old.userspace_addr:#x}; delete it first")
+    if new.npages != old.npages:
+        raise Refused(errno.EINVAL, f"memory_size: slot {old.slot:#x} has {old.npages} pages; delete it first")
+    if (new.flags ^ old.flags) & KVM_MEM_READONLY:
+        raise Refused(errno.EINVAL, f"flags: KVM_MEM_READONLY of slot {old.slot:#x} cannot change")
+
+
+def _for_engine(slot: Memslot | None) -> AkSlot | None:
+    if slot is None:
+        return None
+    return AkSlot(slot.base_gfn, slot.npages, slot.userspace_addr, slot.flags, slot.slot, None)

@@ -1,0 +1,77 @@
+"""Profiles: which KVM the soft backend is. Each difference cites what it follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import Final
+
+
+class Purge(Enum):
+    """Where KVM_RUN resets ``kvm_run.exit_reason`` to KVM_EXIT_UNKNOWN."""
+
+    VCPU_RUN = "vcpu_run"
+    """At the top of x86.c:vcpu_run(), after completions and the test of immediate_exit: all of mainline."""
+
+
+def _nothing() -> Mapping[int, int]:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One KVM's behaviour where KVMs differ; immutable, chosen when a backend is made."""
+
+    name: str
+    annotate_unresolved: bool
+    """A guest page fault with a memslot but no usable host page fills ``memory_fault`` (else: a bare EFAULT)."""
+    purge: Purge = Purge.VCPU_RUN
+    capabilities: Mapping[int, int] = field(default_factory=_nothing)
+    """Values of KVM_CHECK_EXTENSION that differ from ``capabilities.CAPABILITIES``."""
+    cites: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """For each field: the document or kernel function it follows."""
+
+
+DOCUMENTED: Final = Profile(
+    name="documented",
+    annotate_unresolved=True,
+    cites=MappingProxyType(
+        {
+            "annotate_unresolved": "Documentation/virt/kvm/api.rst 8.44: a valid memslot without a VMA is its example",
+            "purge": "arch/x86/kvm/x86.c:vcpu_run()",
+        }
+    ),
+)
+LINUX_7_3: Final = Profile(
+    name="linux-7.3",
+    annotate_unresolved=False,
+    cites=MappingProxyType(
+        {
+            "annotate_unresolved": "arch/x86/kvm/mmu/mmu.c:kvm_handle_error_pfn() of 7.3 ends in a bare -EFAULT",
+            "purge": "arch/x86/kvm/x86.c:vcpu_run()",
+        }
+    ),
+)
+
+PROFILES: Final[Mapping[str, Profile]] = MappingProxyType({p.name: p for p in (DOCUMENTED, LINUX_7_3)})
+"""Every profile by name."""
+
+
+def profile(name: str | Profile) -> Profile:
+    """Find a profile by name; one of your own is taken as it is. Raises ValueError for an unknown name.
+
+    >>> profile("documented").annotate_unresolved, profile("linux-7.3").annotate_unresolved
+    (True, False)
+    >>> profile("linux-2.6")
+    Traceback (most recent call last):
+    ...
+    ValueError: no profile named 'linux-2.6'; there are documented, linux-7.3
+    """
+    if isinstance(name, Profile):
+        return name
+    try:
+        return PROFILES[name]
+    except KeyError:
+        raise ValueError(f"no profile named {name!r}; there are {', '.join(PROFILES)}") from None

@@ -1,0 +1,90 @@
+"""A vCPU: its pages, its descriptor, and which of its ioctls there are. Source: kvm_main.c:kvm_vcpu_ioctl()."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING, Final
+
+from anykvm.backends.soft.engine.library import library
+from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.files import FILES, File
+from anykvm.backends.soft.pages import map_shared, unmap
+from anykvm.backends.soft.vcpu_state import HANDLERS, MAX_IO_MSRS
+
+if TYPE_CHECKING:
+    from anykvm.backends.soft.vm import Vm
+
+VCPU_MMAP_SIZE: Final = 3 * 4096
+"""KVM_GET_VCPU_MMAP_SIZE: kvm_run, the PIO data page, the coalesced ring."""
+_KVMIO: Final = 0xAE
+__all__ = ["MAX_IO_MSRS", "VCPU_MMAP_SIZE", "Vcpu", "VcpuFile", "create_vcpu"]
+
+
+class Vcpu:
+    """struct kvm_vcpu. Owned by its VM, which destroys it."""
+
+    def __init__(self, address: int, vcpu_id: int, pages: int) -> None:
+        """``address`` of struct ak_vcpu, ``pages`` of the backend's mapping of its kvm_run."""
+        self.address = address
+        self.vcpu_id = vcpu_id
+        self.pages = pages
+
+    def destroy(self) -> None:
+        """Free it; nothing may use it any more."""
+        library().ak_vcpu_destroy(self.address)
+        unmap(self.pages, VCPU_MMAP_SIZE)
+
+
+class VcpuFile(int, File):
+    """A vCPU's descriptor; as a number, the address of its struct ak_vcpu.
+
+    It is a number so that KVM_RUN costs one look-up: whoever runs the vCPU holds this object meanwhile, and with it the
+    VM, as an ioctl of the kernel holds the file; closing every descriptor frees nothing under a running guest.
+    """
+
+    kind = "anon_inode:kvm-vcpu"
+    mmap_size = VCPU_MMAP_SIZE
+    vcpu: Vcpu
+    vm: Vm
+
+    def __new__(cls, vcpu: Vcpu, vm: Vm) -> VcpuFile:
+        """Keeps ``vm`` alive, and so ``vcpu``."""
+        self = super().__new__(cls, vcpu.address)
+        self.vcpu = vcpu
+        self.vm = vm
+        return self
+
+    def ioctl(self, request: int, arg: int) -> int:
+        """Do a vCPU ioctl other than KVM_RUN; it waits while another thread is in one.
+
+        Refused: EIO as ``Vm.check_alive``; EINVAL for one a vCPU does not have; as each says.
+        """
+        self.vm.check_alive()
+        handler = HANDLERS.get(request)
+        if handler is None:
+            what = "not an ioctl of a vCPU, or not offered" if request >> 8 & 0xFF == _KVMIO else "not an ioctl of KVM"
+            raise Refused(errno.EINVAL, what)
+        return handler(self, arg)
+
+
+def create_vcpu(vm_address: int, vcpu_id: int, *, annotate: bool, bsp: bool) -> tuple[int, Vcpu]:
+    """Make a vCPU of the engine's VM and a descriptor with its pages.
+
+    ``annotate``: fill memory_fault in every profile's way (``Profile.annotate_unresolved``); ``bsp``: it boots the VM.
+    Raises OSError: EMFILE, ENOMEM; Refused: ENOMEM.
+    """
+    fd = FILES.create(f"kvm-vcpu:{vcpu_id}", VCPU_MMAP_SIZE)
+    pages = 0
+    try:
+        pages = map_shared(fd, VCPU_MMAP_SIZE, 0)
+        address: int = library().ak_vcpu_create(vm_address, vcpu_id, pages)
+        if not address:
+            raise Refused(errno.ENOMEM, "no memory for a vCPU")
+    except BaseException:
+        if pages:
+            unmap(pages, VCPU_MMAP_SIZE)
+        os.close(fd)
+        raise
+    library().ak_vcpu_configure(address, annotate, bsp)
+    return fd, Vcpu(address, vcpu_id, pages)
