@@ -1,0 +1,159 @@
+"""Run scenarios on a backend and give their records; each in a forked process, under a watchdog.
+
+A scenario unmaps memory under a running guest, sends itself signals and may meet a backend that crashes or hangs: none
+of that may reach the process that asked. ``python -m anykvm.conformance.record`` writes a file of records::
+
+    python -m anykvm.conformance.record --backend soft --profile linux-7.3 --output soft.jsonl unmapped_read prot_none
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from anykvm.backends import backend as make_backend
+from anykvm.backends.base import Backend
+from anykvm.conformance.golden_file import END, Record
+from anykvm.conformance.scenario import Lab, Scenario, failure, load
+
+CHILD: Final = "<child>"
+"""The step of a record that says how a scenario's process ended, when it did not end well."""
+_CHUNK: Final = 1 << 16
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def record(
+    names: Iterable[str],
+    backend: Callable[[], Backend],
+    started: Callable[[str], None] = lambda _: None,
+    timeout: float | None = None,
+) -> Iterator[Record]:
+    """Run scenarios by name and give their records, scenario by scenario.
+
+    ``backend`` makes the backend, in each scenario's own process; ``started`` is told each name before it runs;
+    ``timeout`` is the most a scenario may take, if less than its own.
+    Raises KeyError for a name that no scenario has.
+    """
+    scenarios = load()
+    for chosen in [scenarios[name] for name in names]:
+        started(chosen.name)
+        limit = chosen.timeout if timeout is None else min(timeout, chosen.timeout)
+        yield from record_scenario(chosen._replace(timeout=limit), backend)
+
+
+def record_scenario(scenario: Scenario, backend: Callable[[], Backend]) -> list[Record]:
+    """Run one scenario in a forked process and give its records.
+
+    A crash, a hang longer than ``scenario.timeout`` and a nonzero exit are the last record's ``<child>`` step.
+    """
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        _run_child(scenario, backend, writer)
+    os.close(writer)
+    try:
+        text, in_time = _read_until(reader, time.monotonic() + scenario.timeout)
+    finally:
+        os.close(reader)
+    status = _reap(child, in_time)
+    records: list[Record] = [json.loads(line) for line in text.splitlines()]
+    if status or not in_time:
+        seconds = 0 if in_time else scenario.timeout
+        records.append({"n": scenario.name, "s": CHILD, "status": hex(status), "killed_after_s": seconds})
+    return records
+
+
+def _run_child(scenario: Scenario, backend: Callable[[], Backend], writer: int) -> None:
+    def keep(record: Record) -> None:
+        os.write(writer, json.dumps(record).encode() + b"\n")
+
+    # os._exit whatever happens: this process must not return into its parent's code.
+    status = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        lab = Lab(scenario.name, backend(), keep)
+        lab.signals.install()
+        scenario.run(lab)
+        status = 0
+    except BaseException as error:
+        keep(failure(scenario.name, error))
+    finally:
+        os._exit(status)
+
+
+def _read_until(reader: int, deadline: float) -> tuple[str, bool]:
+    """Read until the writer is gone, or the deadline; returns the text and whether it was in time."""
+    chunks: list[bytes] = []
+    while True:
+        left = deadline - time.monotonic()
+        ready, _, _ = select.select([reader], [], [], max(0.0, left))
+        if not ready:
+            return _whole_lines(chunks), False
+        chunk = os.read(reader, _CHUNK)
+        if not chunk:
+            return _whole_lines(chunks), True
+        chunks.append(chunk)
+
+
+def _whole_lines(chunks: list[bytes]) -> str:
+    text = b"".join(chunks).decode()
+    return text[: text.rfind("\n") + 1]
+
+
+def _reap(child: int, ended: bool) -> int:
+    if not ended:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Record scenarios into a file; see the module's text."""
+    parser = argparse.ArgumentParser(prog="python -m anykvm.conformance.record", description=main.__doc__)
+    parser.add_argument("--backend", default="auto", help="auto, soft or device")
+    parser.add_argument("--profile", help="which KVM the soft backend is to be, such as linux-7.3")
+    parser.add_argument("--timeout", type=float, help="seconds a scenario may take at most")
+    parser.add_argument("--intrusive", action="store_true", help="by default also those that change the machine")
+    parser.add_argument("--output", type=Path, help="the file to write; default standard output")
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="names; default all that stay in this process")
+    options = parser.parse_args(arguments)
+    known = load()
+    if unknown := [name for name in options.scenarios if name not in known]:
+        parser.error(f"no scenario is named {', '.join(unknown)}")
+
+    harmless = [name for name, scenario in known.items() if options.intrusive or not scenario.intrusive]
+    chosen = options.scenarios or harmless
+
+    def started(name: str) -> None:
+        if options.output:
+            print(f"{options.backend}: {name}", file=sys.stderr, flush=True)
+
+    lines = [
+        json.dumps(entry) + "\n"
+        for entry in record(
+            chosen, lambda: make_backend(options.backend, options.profile), started, options.timeout
+        )
+    ]
+    lines.append(json.dumps({"n": END}) + "\n")
+    if options.output:
+        options.output.write_text("".join(lines))
+    else:
+        sys.stdout.write("".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The scenarios, a module an area; ``anykvm.conformance.load`` imports them all."""
