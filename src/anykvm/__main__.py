@@ -1,0 +1,5 @@
+"""``python -m anykvm``."""
+
+from anykvm.cli import main
+
+main()

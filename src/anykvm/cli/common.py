@@ -1,0 +1,84 @@
+"""What the commands share: exit codes, errors that are one line, and the choice of a backend."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+import anykvm
+from anykvm.backends import NAMES, Selection, select
+
+
+class ExitCode(enum.IntEnum):
+    """How an ``anykvm`` command ends."""
+
+    OK = 0
+    FAILED = 1
+    """It ran, and the result is wrong."""
+    USAGE = 2
+    """A wrong option, or a file that cannot be used."""
+    BACKEND = 3
+    """There is no such backend here, or it does not work."""
+    SHUTDOWN = 4
+    MEMORY_FAULT = 5
+    INTERNAL = 6
+    """KVM gave up: internal error, failed entry, an exit nothing here can serve."""
+    ERRNO = 7
+    """KVM_RUN or another ioctl failed with an errno that is not an exit."""
+    LIMIT = 8
+    FILE = 9
+    """The file changed while the guest ran."""
+    TIMEOUT = 124
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class Fail(Exception):
+    """End the command with this one line on stderr and this code."""
+
+    def __init__(self, code: ExitCode, text: str) -> None:
+        """Take the text without ``anykvm:`` in front."""
+        super().__init__(text)
+        self.code = code
+
+
+BackendOption = Annotated[
+    str, typer.Option("--backend", metavar="|".join(NAMES), help="Whose KVM: the kernel's, or the one in user space.")
+]
+ProfileOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Whose behaviour, with the soft backend; see `anykvm caps`.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
+
+
+def choose(name: str, profile: str | None) -> Selection:
+    """Choose a backend as ``anykvm.backends.select``, failing in one line."""
+    try:
+        return select(name, profile)
+    except ValueError as error:
+        raise Fail(ExitCode.USAGE, str(error)) from None
+    except (ImportError, OSError, RuntimeError) as error:
+        raise Fail(ExitCode.BACKEND, f"{name} backend: {error}") from None
+
+
+@contextlib.contextmanager
+def opened(selection: Selection) -> Iterator[anykvm.Kvm]:
+    """Open KVM on a chosen backend, failing in one line."""
+    try:
+        kvm = anykvm.open(selection.backend)
+    except OSError as error:
+        raise Fail(ExitCode.BACKEND, f"{selection.backend.name} backend: {error}; try `anykvm doctor`") from None
+    with kvm:
+        yield kvm
+
+
+def print_json(value: Any) -> None:
+    """Print to stdout, for a machine."""
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")

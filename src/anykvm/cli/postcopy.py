@@ -1,0 +1,160 @@
+"""``anykvm postcopy``: a guest computes the CRC of a file whose pages arrive as it touches them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from anykvm.cli.common import BackendOption, ExitCode, Fail, JsonOption, ProfileOption, choose, opened, print_json
+from anykvm.vmm.postcopy import FileError, Result, Source, run
+from anykvm.vmm.report import write_report
+from anykvm.vmm.resolvers import Unresolvable
+
+HELP = """Run a guest that computes the CRC-32 of FILE in its memory, where at first no page is.
+
+Each first touch of a page ends KVM_RUN with a memory fault; the page is then brought from FILE, and the guest goes on.
+At the end its CRC must equal zlib's. The guest computes each page's CRC when it visits the page, in random or
+ascending order, and joins them at the end. A report with a heat map of the faults is written as one HTML page.
+
+The backend is soft unless another is asked for: no kernel up to 7.3 reports a fault on ordinary memory as a memory
+fault.
+
+Exit codes: 0 the CRCs are equal; 1 they are not; 2 wrong usage, or FILE cannot be used; 3 no usable backend; 5 a fault
+could not be resolved, or KVM did not report it as one; 7 KVM failed with an errno; 9 FILE changed while the guest ran;
+130 interrupted; 143 terminated."""
+
+
+def postcopy(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Where the guest's memory comes from.")],
+    order: Annotated[
+        Literal["random", "sequential"], typer.Option(help="The order in which the guest visits the pages.")
+    ] = "random",
+    prefetch: Annotated[
+        int, typer.Option(min=0, max=1 << 20, metavar="N", help="Bring N more pages behind each missing one.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random order.")] = 0,
+    backend: BackendOption = "soft",
+    profile: ProfileOption = None,
+    html: Annotated[str, typer.Option(metavar="PATH", help="Where the report goes.")] = "postcopy.html",
+    no_html: Annotated[bool, typer.Option("--no-html", help="Write no report.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Run the guest, print the result, write the report."""
+    if not no_html:
+        _check_writable(html)
+    selection = choose(backend, profile)
+    with _one_line(), Source(file) as source:
+        with opened(selection) as kvm, _progress(source, quiet=json) as progress:
+            result = run(kvm, source, order, prefetch, seed, progress)
+        changed = source.changed
+    if not no_html:
+        write_report(html, os.path.basename(_shown(file)), result)
+    report = None if no_html else html
+    if json:
+        print_json(_plain(file, result, report))
+    else:
+        _show(file, result, report)
+    if not result.correct:
+        if changed:
+            raise Fail(ExitCode.FILE, f"{file}: it changed while the guest ran, and the CRCs differ")
+        raise Fail(ExitCode.FAILED, f"the guest's CRC {result.crc_guest:08x} is not zlib's {result.crc_zlib:08x}")
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except FileError as error:
+        raise Fail(ExitCode.FILE if error.while_running else ExitCode.USAGE, str(error)) from None
+    except Unresolvable as error:
+        raise Fail(ExitCode.MEMORY_FAULT, str(error)) from None
+
+
+def _check_writable(path: str) -> None:
+    # Before the work, not behind it.
+    parent = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise Fail(ExitCode.USAGE, f"--html {path}: cannot be written there")
+
+
+@contextlib.contextmanager
+def _progress(source: Source, quiet: bool) -> Iterator[Callable[[int], object]]:
+    """Show a bar on a terminal, drawn only when the run calls for it: a thread that draws would delay faults."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda present: None
+        return
+    columns = (TextColumn("post-copy"), BarColumn(), TaskProgressColumn(), TextColumn("{task.completed:,} pages"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("", total=-(-source.size // 4096))
+        yield lambda present: bar.update(task, completed=present, refresh=True)
+
+
+def _plain(file: str, result: Result, report: str | None) -> dict[str, Any]:
+    return {
+        "file": file,
+        "bytes": result.size,
+        "pages": result.pages,
+        "faults": len(result.faults.page),
+        "order": result.order,
+        "prefetch": result.prefetch,
+        "seed": result.seed,
+        "backend": result.backend,
+        "profile": result.profile,
+        "seconds": result.wall_ns / 1e9,
+        "seconds_handling_faults": result.handling_ns / 1e9,
+        "faults_per_second": result.faults_per_second,
+        "latency_us": {"p50": result.latency_us(0.5), "p99": result.latency_us(0.99), "max": result.latency_us(1)},
+        "crc_guest": f"{result.crc_guest:08x}",
+        "crc_zlib": f"{result.crc_zlib:08x}",
+        "correct": result.correct,
+        "report": report,
+    }
+
+
+def _show(file: str, result: Result, report: str | None) -> None:
+    faults = len(result.faults.page)
+    seconds = result.wall_ns / 1e9
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    order = f"random, seed {result.seed}" if result.order == "random" else result.order
+    rows = [
+        ("file", f"{escape(_shown(file))}, {result.size:,} bytes"),
+        ("backend", f"{result.backend}, profile {result.profile}"),
+        ("pages", f"{result.pages:,}, visited in {order} order"),
+        ("faults", f"{faults:,}" + (f", prefetching {result.prefetch}" if result.prefetch else "")),
+        ("time", f"{seconds:.3f} s, of which {result.handling_ns / 1e9:.3f} s bringing pages"),
+        ("faults/s", f"{result.faults_per_second:,.0f}"),
+        ("latency", _latency(result)),
+        ("CRC-32", f"guest {result.crc_guest:08x}, zlib {result.crc_zlib:08x}: " + _verdict(result)),
+    ]
+    for row in rows if report is None else [*rows, ("report", escape(_shown(report)))]:
+        table.add_row(row[0], row[1])
+    Console(highlight=False, markup=True).print(table, soft_wrap=True)
+    sys.stdout.flush()
+
+
+def _shown(path: str) -> str:
+    """Make a path printable: it may hold bytes that are not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def _latency(result: Result) -> str:
+    p50, p99, longest = (result.latency_us(quantile) for quantile in (0.5, 0.99, 1))
+    if p50 is None:
+        return "no fault"
+    return f"p50 {p50:.1f} us, p99 {p99:.1f} us, longest {longest:.1f} us, from fault to the next KVM_RUN"
+
+
+def _verdict(result: Result) -> str:
+    return "[green]equal[/]" if result.correct else "[red]different[/]"
