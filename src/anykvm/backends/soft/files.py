@@ -118,11 +118,11 @@ class FileTable:
 def _inode(fd: int) -> _Inode:
     """Identify the file behind a descriptor. Refused: EBADF."""
     if not 0 <= fd <= _INT_MAX:
-        raise Refused(errno.EBADF, f"{fd} is not a descriptor")
+        raise Refused(errno.EBADF)
     try:
         status = os.fstat(fd)
     except OSError as error:
-        raise Refused(error.errno or errno.EBADF, f"descriptor {fd} is not open") from None
+        raise Refused(error.errno or errno.EBADF) from None
     return status.st_dev, status.st_ino
 
 

@@ -105,13 +105,13 @@ class Memslots:
         npages = region.memory_size >> PAGE_SHIFT
         if npages == 0:  # 13
             if old is None:
-                raise Refused(errno.EINVAL, f"slot: {region.slot:#x} does not exist; memory_size 0 deletes")
+                raise Refused(errno.EINVAL, "memory_size 0 deletes a slot, and this slot does not exist")
             self._commit(space, old, None)
             return
         new = Memslot(region.slot, region.flags, region.guest_phys_addr >> PAGE_SHIFT, npages, region.userspace_addr)
         if old is None:
             if self.nr_memslot_pages + npages > _U64:  # 14
-                raise Refused(errno.EINVAL, "memory_size: too many pages in all slots")
+                raise Refused(errno.EINVAL, "memory_size makes the pages of all slots wrap")
         else:
             _check_modify(old, new)
             if new == old:  # 17
@@ -119,9 +119,9 @@ class Memslots:
         if old is None or new.base_gfn != old.base_gfn:
             other = space.overlap(new.base_gfn, npages, old)
             if other is not None:  # 18
-                raise Refused(errno.EEXIST, f"guest_phys_addr: the range overlaps slot {other.slot:#x}")
+                raise Refused(errno.EEXIST, f"guest_phys_addr overlaps another slot, {other.slot:#x}")
             if new.base_gfn + npages - 1 > _MAX_GFN:  # 20
-                raise Refused(errno.EINVAL, f"guest_phys_addr: the range ends above 2^{MAXPHYADDR}")
+                raise Refused(errno.EINVAL, f"guest_phys_addr + memory_size is beyond 2^{MAXPHYADDR}")
         self._commit(space, old, new)
 
     def _commit(self, space: AddressSpace, old: Memslot | None, new: Memslot | None) -> None:
@@ -138,35 +138,35 @@ def check_region(region: Region, *, v1: bool) -> None:
     """Check what does not depend on the slots there are: rows 3 to 12. Refused: EINVAL."""
     slot, flags, gpa, size, hva = region
     if v1 and flags & ~_V1_FLAGS:  # 3
-        raise Refused(errno.EINVAL, f"flags: {flags:#x} has bits that need KVM_SET_USER_MEMORY_REGION2")
+        raise Refused(errno.EINVAL, f"flags has unknown bits {flags & ~_V1_FLAGS:#x}")
     if slot & 0xFFFF >= KVM_USER_MEM_SLOTS:  # 4
-        raise Refused(errno.EINVAL, f"slot: {slot & 0xFFFF} is not below {KVM_USER_MEM_SLOTS} (KVM_CAP_NR_MEMSLOTS)")
+        raise Refused(errno.EINVAL, f"slot is not below {KVM_USER_MEM_SLOTS} (KVM_CAP_NR_MEMSLOTS)")
     if flags & ~_VALID_FLAGS:  # 5
-        raise Refused(errno.EINVAL, f"flags: {flags:#x} has unknown bits, or ones this VM cannot have")
+        raise Refused(errno.EINVAL, f"flags has unknown bits {flags & ~_VALID_FLAGS:#x}")
     if size % PAGE_SIZE:  # 6
-        raise Refused(errno.EINVAL, f"memory_size: {size:#x} is not a multiple of the page size")
+        raise Refused(errno.EINVAL, "memory_size is not page aligned")
     if gpa % PAGE_SIZE:  # 7
-        raise Refused(errno.EINVAL, f"guest_phys_addr: {gpa:#x} is not page aligned")
+        raise Refused(errno.EINVAL, "guest_phys_addr is not page aligned")
     if hva % PAGE_SIZE:  # 8
-        raise Refused(errno.EINVAL, f"userspace_addr: {hva:#x} is not page aligned")
+        raise Refused(errno.EINVAL, "userspace_addr is not page aligned")
     if hva + size > TASK_SIZE_MAX:  # 8: access_ok()
-        raise Refused(errno.EINVAL, f"userspace_addr: [{hva:#x}, {hva + size:#x}) is not all user addresses")
+        raise Refused(errno.EINVAL, "userspace_addr + memory_size is beyond the user address space")
     if slot >> 16 >= KVM_ADDRESS_SPACES:  # 10
-        raise Refused(errno.EINVAL, f"slot: address space {slot >> 16} (KVM_CAP_MULTI_ADDRESS_SPACE)")
+        raise Refused(errno.EINVAL, "slot names an address space (its upper 16 bits) that does not exist")
     if gpa + size > _U64:  # 11
-        raise Refused(errno.EINVAL, f"guest_phys_addr: {gpa:#x} + {size:#x} wraps")
+        raise Refused(errno.EINVAL, "guest_phys_addr + memory_size wraps")
     if size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES:  # 12
-        raise Refused(errno.EINVAL, f"memory_size: {size:#x} is more than 2^31-1 pages")
+        raise Refused(errno.EINVAL, "memory_size is more than 2^31 - 1 pages")
 
 
 def _check_modify(old: Memslot, new: Memslot) -> None:
     """Rows 15 and 16: what may change in a slot is where it is in the guest, and dirty logging."""
     if new.userspace_addr != old.userspace_addr:
-        raise Refused(errno.EINVAL, f"userspace_addr: slot {old.slot:#x} has {old.userspace_addr:#x}; delete it first")
+        raise Refused(errno.EINVAL, f"the slot exists: userspace_addr cannot change from {old.userspace_addr:#x}")
     if new.npages != old.npages:
-        raise Refused(errno.EINVAL, f"memory_size: slot {old.slot:#x} has {old.npages} pages; delete it first")
+        raise Refused(errno.EINVAL, f"the slot exists: memory_size cannot change from {old.npages << PAGE_SHIFT:#x}")
     if (new.flags ^ old.flags) & KVM_MEM_READONLY:
-        raise Refused(errno.EINVAL, f"flags: KVM_MEM_READONLY of slot {old.slot:#x} cannot change")
+        raise Refused(errno.EINVAL, "the slot exists: KVM_MEM_READONLY in flags cannot change")
 
 
 def _for_engine(slot: Memslot | None) -> AkSlot | None:

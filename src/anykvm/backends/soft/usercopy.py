@@ -16,7 +16,7 @@ def read_into(data: ctypes.Structure | ctypes.Array[ctypes.c_uint8], address: in
     """Fill ``data`` from the caller's memory. Refused: EFAULT."""
     size = ctypes.sizeof(data)
     if library().ak_copy_in(ctypes.addressof(data), address, size):
-        raise Refused(errno.EFAULT, f"cannot read {size} bytes at {address:#x}")
+        raise Refused(errno.EFAULT, f"Bad address: cannot read {size} bytes at {address:#x}")
 
 
 def copy_from_user(kind: type[_Data], address: int) -> _Data:
@@ -37,4 +37,4 @@ def copy_to_user(address: int, data: ctypes.Structure | ctypes.Array[ctypes.c_ui
     """Write a structure or buffer (or its first ``size`` bytes) to the caller's memory. Refused: EFAULT."""
     length = ctypes.sizeof(data) if size is None else size
     if library().ak_copy_out(address, ctypes.addressof(data), length):
-        raise Refused(errno.EFAULT, f"cannot write {length} bytes at {address:#x}")
+        raise Refused(errno.EFAULT, f"Bad address: cannot write {length} bytes at {address:#x}")

@@ -31,15 +31,15 @@ _ENTRY2: Final = ctypes.sizeof(s.kvm_cpuid_entry2)
 
 # What is wrong when the engine says EINVAL, where it can be one thing only.
 _WHY: Final[dict[int, str]] = {
-    n.KVM_SET_SREGS: "sregs: cr0, cr3, cr4, efer, apic_base or cs.l do not fit each other or this CPU",
-    n.KVM_SET_SREGS2: "sregs: cr0, cr3, cr4, efer, apic_base, cs.l or flags do not fit each other or this CPU",
+    n.KVM_SET_SREGS: "CR0, CR3, CR4, EFER, APIC base and CS.L do not fit together, or have reserved bits",
+    n.KVM_SET_SREGS2: "CR0, CR3, CR4, EFER, APIC base, CS.L and flags do not fit together, or have reserved bits",
     n.KVM_SET_XCRS: "nr_xcrs, flags or the value of XCR0 (x87 and SSE, by CPUID leaf 0xd)",
     n.KVM_SET_XSAVE: "xstate_bv, xcomp_bv, mxcsr or the header's reserved bytes",
     n.KVM_SET_DEBUGREGS: "flags, or the upper half of dr6 or dr7",
     n.KVM_SET_VCPU_EVENTS: "flags, exception.nr or smi",
     n.KVM_SET_CPUID2: "another table after the first KVM_RUN, or address bits of leaf 0x80000008",
     n.KVM_SET_MP_STATE: "mp_state: only KVM_MP_STATE_RUNNABLE without an in-kernel APIC",
-    n.KVM_INTERRUPT: "irq: above 255",
+    n.KVM_INTERRUPT: "irq is above 255",
 }
 
 _Buffer = ctypes.Structure | ctypes.Array[ctypes.c_uint8]
@@ -87,7 +87,7 @@ def _set_signal_mask(file: VcpuFile, arg: int) -> int:
     if arg:
         header = copy_from_user(s.kvm_signal_mask, arg)
         if header.len != _SIGSET_SIZE:
-            raise Refused(errno.EINVAL, f"len: {header.len}, not {_SIGSET_SIZE}")
+            raise Refused(errno.EINVAL, f"len is {header.len}, not {_SIGSET_SIZE}")
         mask = bytes_from_user(arg + ctypes.sizeof(s.kvm_signal_mask), _SIGSET_SIZE)
     return _engine(file, n.KVM_SET_SIGNAL_MASK, mask)
 
@@ -95,7 +95,7 @@ def _set_signal_mask(file: VcpuFile, arg: int) -> int:
 def _msrs_from_user(arg: int) -> ctypes.Array[ctypes.c_uint8]:
     count = copy_from_user(s.kvm_msrs, arg).nmsrs
     if count >= MAX_IO_MSRS:
-        raise Refused(errno.E2BIG, f"nmsrs: {count}; the limit is {MAX_IO_MSRS - 1}")
+        raise Refused(errno.E2BIG, f"nmsrs is {count}; the limit is {MAX_IO_MSRS - 1}")
     data = bytes_from_user(arg, _MSRS_HEADER + count * ctypes.sizeof(s.kvm_msr_entry))
     s.kvm_msrs.from_buffer(data).nmsrs = count  # the caller's memory may have changed since
     return data
@@ -116,7 +116,7 @@ def _set_msrs(file: VcpuFile, arg: int) -> int:
 
 def _check_nent(nent: int) -> None:
     if nent > KVM_MAX_CPUID_ENTRIES:
-        raise Refused(errno.E2BIG, f"nent: {nent}; the limit is {KVM_MAX_CPUID_ENTRIES}")
+        raise Refused(errno.E2BIG, f"more than {KVM_MAX_CPUID_ENTRIES} entries")
 
 
 def _set_cpuid2(file: VcpuFile, arg: int) -> int:

@@ -119,14 +119,14 @@ def _set_user_memory_region2(vm: Vm, arg: int) -> int:
 def _create_vcpu(vm: Vm, arg: int) -> int:
     """kvm_vm_ioctl_create_vcpu(), kvm_arch_vcpu_precreate()."""
     if arg >= KVM_MAX_VCPU_IDS:
-        raise Refused(errno.EINVAL, f"vCPU id {arg} is not below {KVM_MAX_VCPU_IDS} (KVM_CAP_MAX_VCPU_ID)")
+        raise Refused(errno.EINVAL, f"vcpu_id is not below {KVM_MAX_VCPU_IDS} (KVM_CAP_MAX_VCPU_ID)")
     if len(vm.vcpus) >= KVM_MAX_VCPUS:
         raise Refused(errno.EINVAL, f"the VM has {KVM_MAX_VCPUS} vCPUs (KVM_CAP_MAX_VCPUS)")
     vm.max_vcpu_ids = vm.max_vcpu_ids or KVM_MAX_VCPU_IDS
     if arg >= vm.max_vcpu_ids:
-        raise Refused(errno.EINVAL, f"vCPU id {arg} is not below {vm.max_vcpu_ids} (set by KVM_ENABLE_CAP)")
+        raise Refused(errno.EINVAL, f"vcpu_id is not below {vm.max_vcpu_ids} (set by KVM_ENABLE_CAP)")
     if arg in vm.vcpus:
-        raise Refused(errno.EEXIST, f"vCPU {arg} exists")
+        raise Refused(errno.EEXIST, f"this vcpu_id is in use: {arg}")
     fd, vcpu = create_vcpu(vm.address, arg, annotate=vm.profile.annotate_unresolved, bsp=arg == vm.bsp_vcpu_id)
     vm.vcpus[arg] = vcpu
     FILES.install(fd, VcpuFile(vcpu, vm))

@@ -176,7 +176,7 @@ int ak_msr_set(struct ak_vcpu *v, u32 index, u64 value, bool host)
         v->msr.tsc_adjust = value;
         return 0;
     case MSR_APIC_BASE:
-        if (value >> AK_MAXPHYADDR || (value & 0x2ff))
+        if (value >> AK_MAXPHYADDR || (value & 0x6ff))
             return -1;
         v->msr.apic_base = value;
         return 0;
