@@ -127,8 +127,7 @@ void tlb_set_dirty_x86_64(struct CPUState *cpu, u64 va)
 
 static bool unchanged(const struct code_page *p)
 {
-    u8 now[AK_PAGE_SIZE];
-    return p->copy && !ak_copy_in(now, p->hva, AK_PAGE_SIZE) && !memcmp(now, p->copy, AK_PAGE_SIZE);
+    return p->copy && ak_host_equal(p->hva, p->copy, AK_PAGE_SIZE);
 }
 
 static void invalidate(struct ak_vcpu *v, u64 hva)

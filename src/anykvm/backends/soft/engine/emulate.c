@@ -12,16 +12,64 @@ u32 ak_alone_cflags(const struct ak_vcpu *v)
     return 1 | (v->emulate_alone ? CF_ALONE : 0);
 }
 
+/* Whether KVM's emulator has this instruction, as an access to device memory: its tables lack x87 and SSE arithmetic, and
+ * its FXSAVE and FXRSTOR take memory only. Sources: opcode_table, twobyte_table of arch/x86/kvm/emulate.c. */
+static bool kvm_emulates(const u8 *code, u32 size, bool mode64)
+{
+    u32 n = 0;
+    for (; n < size; n++) {
+        u8 b = code[n];
+        bool prefix = b == 0x26 || b == 0x2e || b == 0x36 || b == 0x3e || (b >= 0x64 && b <= 0x67) || b == 0xf0 ||
+                      b == 0xf2 || b == 0xf3 || (mode64 && (b & 0xf0) == 0x40);
+        if (!prefix)
+            break;
+    }
+    if (n + 2 > size)
+        return true; /* not enough seen to say no */
+    u8 op = code[n], second = code[n + 1], group = (second >> 3) & 7;
+    if (op >= 0xd8 && op <= 0xdf) /* FNSTCW and FNSTSW are there */
+        return (op == 0xd9 || op == 0xdd) && group == 7;
+    if (op != 0x0f || n + 3 > size)
+        return true;
+    group = (code[n + 2] >> 3) & 7;
+    if (second == 0xae)
+        return group == 7; /* CLFLUSH */
+    if (second == 0x38)
+        return code[n + 2] == 0xf0 || code[n + 2] == 0xf1; /* MOVBE, CRC32 */
+    return !((second >= 0x12 && second <= 0x17) || (second >= 0x2c && second <= 0x2f) || second == 0x2a ||
+             (second >= 0x51 && second <= 0x6e) || (second >= 0x70 && second <= 0x7e) || second == 0x3a ||
+             second == 0xc2 || (second >= 0xc4 && second <= 0xc6) || (second >= 0xd0 && second != 0xe7));
+}
+
+/* The instruction at RIP as KVM's emulator fetches it: 15 bytes, or to the end of the page. Returns how many. */
+u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15])
+{
+    u64 va = v->env->segs[R_CS].base + v->env->eip, gpa;
+    u32 room, writable, user;
+    if (!(v->env->hflags & HF_CS64_MASK))
+        va = (u32)va;
+    room = (u32)(AK_PAGE_SIZE - (va & ~AK_PAGE_MASK));
+    room = room < 15 ? room : 15;
+    struct ak_slot *slot = ak_translate(v, va, &gpa, &writable, &user) ? NULL : ak_gfn_to_memslot(v->vm, gpa >> 12);
+    if (!slot || ak_copy_in(bytes, slot->hva + (gpa - (slot->base_gfn << 12)), room))
+        return 0;
+    return room;
+}
+
 /* Start: forget this instruction's effects so far (none is visible yet) and run it as a block of its own. */
 void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr)
 {
+    u8 bytes[15];
+    v->translating = 0;
+    cpu_restore_state_x86_64(v->cpu, retaddr, true);
+    if (!kvm_emulates(bytes, ak_instruction_bytes(v, bytes), v->env->hflags & HF_CS64_MASK))
+        ak_emulate_failed(v, 0);
     v->emulation = AK_ARMED;
     v->nlog = v->nreplay = v->nfragments = v->fragment = 0;
-    v->translating = 0;
     v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
     v->cpu->cflags_next_tb = ak_alone_cflags(v);
     v->cpu->exception_index = -1;
-    cpu_loop_exit_restore_x86_64(v->cpu, retaddr);
+    cpu_loop_exit_restore_x86_64(v->cpu, 0);
 }
 
 static void stop_emulating(struct ak_vcpu *v)
@@ -218,5 +266,9 @@ void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr)
     v->nfragments = 0;
     if ((v->env->hflags & HF_CPL_MASK) != 0)
         ak_raise(v, EXCP_UD, 0, retaddr);
+    v->event.pending = 1; /* the guest gets it should the caller run it again */
+    v->event.vector = EXCP_UD;
+    v->event.has_error = 0;
+    v->event.error_code = 0;
     ak_leave(v, AK_EXIT_EMULATION, retaddr);
 }

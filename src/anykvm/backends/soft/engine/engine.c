@@ -11,7 +11,7 @@
 #define TCG_BUFFER (32u << 20)
 
 __thread struct ak_vcpu *ak_current __attribute__((tls_model("initial-exec")));
-static int64_t jit_slot_delta; /* from ak_enter's frame to the return address of a helper called by translated code */
+static uintptr_t jit_slot_offset; /* from ak_enter's frame down to the return address of a helper that translated code calls */
 
 extern void ak_unaligned_access(struct CPUState *, u64, int, int, uintptr_t);
 
@@ -140,7 +140,7 @@ void ak_vcpu_reset(struct ak_vcpu *v)
     env->segs[R_CS] = (struct SegmentCache){
         .selector = 0xf000, .base = 0xffff0000, .limit = 0xffff, .flags = DESC_P | DESC_S | DESC_CS | DESC_RW | DESC_A};
     env->ldt = (struct SegmentCache){.limit = 0xffff, .flags = DESC_P | 2 << 8};
-    env->tr = (struct SegmentCache){.limit = 0xffff, .flags = DESC_P | 11 << 8};
+    env->tr = (struct SegmentCache){.limit = 0xffff, .flags = DESC_P | 9 << 8};
     env->gdt = env->idt = (struct SegmentCache){.limit = 0xffff};
     memset(env->cr, 0, sizeof env->cr);
     env->cr[0] = 0x60000010;
@@ -175,6 +175,19 @@ static void after_failed_delivery(struct ak_vcpu *v)
     v->delivering = v->deliver_soft = 0;
 }
 
+/* Translated code keeps a constant stack pointer, so the return address of a helper it calls stands at a fixed distance
+ * from ak_enter's frame. Found once, by the self-test's OUT; a host fault inside a helper needs it (fault.c). */
+void ak_note_helper_frame(struct ak_vcpu *v, uintptr_t return_slot)
+{
+    if (!jit_slot_offset)
+        jit_slot_offset = v->frame - return_slot;
+}
+
+uintptr_t ak_helper_return(const struct ak_vcpu *v)
+{
+    return jit_slot_offset ? *(uintptr_t *)(v->frame - jit_slot_offset) : 0;
+}
+
 /* Run guest code until there is something to say; the reason is v->exit.kind. One thread at a time per vCPU. */
 void ak_enter(struct ak_vcpu *v)
 {
@@ -184,10 +197,11 @@ void ak_enter(struct ak_vcpu *v)
     v->uc->stop_request = v->uc->quit_request = 0;
     v->uc->size_recur_mem = 0;
     v->translating = 0;
+    v->kick = 0;
     cpu->stopped = 0;
     cpu->halted = 0;
     cpu->exception_index = -1;
-    v->jit_slot = (uintptr_t)__builtin_frame_address(0) - (uintptr_t)jit_slot_delta;
+    v->frame = (uintptr_t)__builtin_frame_address(0);
     ak_current = v;
     ak_check_code(v);
     ak_deliver_pending(v);
@@ -204,7 +218,6 @@ void ak_enter(struct ak_vcpu *v)
 /* Make the vCPU leave guest code at the next block boundary. Any thread; safe in a signal handler. */
 void ak_kick(struct ak_vcpu *v)
 {
-    v->kick = 1;
     v->cpu->exit_request = 1;
     __sync_synchronize();
     v->cpu->icount_decr_ptr->u16.high = 0xffff;

@@ -123,6 +123,7 @@ struct ak_event {
     u8 injected, vector, has_error, nmi_pending;
     u32 error_code;
     u8 irq_injected, irq_vector, nmi_injected, nmi_masked;
+    u8 pending; /* exception.pending: queued and never tried; KVM_SET_REGS forgets it, not an injected one */
 };
 
 /* Device accesses of the one instruction being emulated: done ones are replayed, the next one is the exit. */
@@ -190,7 +191,7 @@ struct ak_vcpu {
     u32 pio_len, pio_size, pio_count, pio_in;
     u64 *code_pages;          /* set of host pages with translated code (open addressing) */
     u32 code_count, code_room;
-    uintptr_t jit_slot;       /* stack slot of a helper's return address into translated code */
+    uintptr_t frame;          /* of ak_enter */
     void *uc_hook;
     u64 fills, faults;        /* statistics */
     u64 tsc_base;
@@ -212,6 +213,8 @@ void ak_enter(struct ak_vcpu *v);
 void ak_kick(struct ak_vcpu *v);
 void ak_leave(struct ak_vcpu *v, u32 kind, uintptr_t retaddr) __attribute__((noreturn));
 void ak_flush_tlb(struct ak_vcpu *v);
+void ak_note_helper_frame(struct ak_vcpu *v, uintptr_t return_slot);
+uintptr_t ak_helper_return(const struct ak_vcpu *v);
 void ak_vm_pause(struct ak_vm *vm);
 void ak_vm_resume(struct ak_vm *vm, bool flush);
 bool ak_guest_enter(struct ak_vcpu *v);
@@ -248,6 +251,7 @@ bool ak_irq_window(struct ak_vcpu *v);
 /* host.c */
 int ak_host_init(void);
 int ak_host_touch(u64 hva, bool write, u64 *poison);
+bool ak_host_equal(u64 hva, const void *bytes, u64 size);
 int ak_copy_in(void *to, u64 from, u64 size);   /* copy_from_user(): 0 or -EFAULT */
 int ak_copy_out(u64 to, const void *from, u64 size);
 

@@ -56,10 +56,12 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
 {
     struct ak_vcpu *v = ak_current;
     struct CPUX86State *env = v->env;
+    bool queued = v->event.injected || v->event.pending;
     (void)uc;
     (void)user;
     v->translating = 0;
-    if (vector == EXCP_UD && !env->exception_is_int) {
+    v->event.pending = 0;
+    if (vector == EXCP_UD && !env->exception_is_int && !queued) {
         if (ak_is_string_io(v)) {
             env->old_exception = -1;
             ak_string_io(v);
@@ -80,6 +82,14 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
     v->deliver_soft = 0;
 }
 
+/* The engine gives up, say for a task register that is no TSS: it would end the process. The guest ends instead. */
+void cpu_abort_x86_64(struct CPUState *cpu, const char *format, ...)
+{
+    (void)cpu;
+    (void)format;
+    ak_leave(ak_current, AK_EXIT_SHUTDOWN, 0);
+}
+
 /* Triple fault: the engine asks for a reset. */
 void qemu_system_reset_request(struct uc_struct *uc)
 {
@@ -90,6 +100,17 @@ void qemu_system_reset_request(struct uc_struct *uc)
 bool ak_interrupt_allowed(struct ak_vcpu *v)
 {
     return (ak_get_rflags(v) & RFLAGS_IF) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
+}
+
+/* Replaces the engine's check where a block begins: the instruction being emulated is never skipped by a kick. */
+void helper_check_exit_request_x86_64(void *uc, u32 in_delay_slot)
+{
+    struct ak_vcpu *v = ak_current;
+    (void)uc;
+    (void)in_delay_slot;
+    if (__builtin_expect((int32_t)v->cpu->icount_decr_ptr->u32 >= 0, 1) || v->emulation == AK_RUNNING)
+        return;
+    cpu_loop_exit_restore_x86_64(v->cpu, GETPC());
 }
 
 bool ak_sse_boundary(struct ak_vcpu *v);
@@ -106,7 +127,11 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
         v->string_in = 0;
         ak_finish_string_in(v);
     } else if (v->emulation != AK_NATIVE) {
+        v->kick |= cpu->exit_request; /* a kick waits for the instruction */
+        cpu->exit_request = 0;
         ak_emulate_boundary(v);
+        if (v->emulation == AK_NATIVE && v->kick)
+            cpu->exit_request = 1;
         if (v->stopping && v->emulation == AK_NATIVE)
             cpu->exit_request = 1;
         return true;
@@ -142,7 +167,7 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
 /* Before entering: what is injected comes first. */
 bool ak_deliver_pending(struct ak_vcpu *v)
 {
-    if (v->event.injected && !v->stopping) {
+    if ((v->event.injected || v->event.pending) && !v->stopping) {
         v->cpu->exception_index = v->event.vector;
         v->env->error_code = (int)v->event.error_code;
         v->env->exception_is_int = 0;

@@ -56,6 +56,12 @@ static void before_fetch_fault(struct ak_vcpu *v)
     }
 }
 
+static bool in_code(const struct ak_vcpu *v, uintptr_t pc)
+{
+    const struct TCGContext *tcg = v->uc->tcg_ctx;
+    return pc - (uintptr_t)tcg->code_gen_buffer < tcg->code_gen_buffer_size;
+}
+
 /* Replaces the engine's TLB fill: both stages, then one entry that allows no more than this access proved. */
 _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int access, int mmu_idx, _Bool probe,
                               uintptr_t retaddr)
@@ -109,12 +115,6 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
 
 /* -- host faults in guest code ------------------------------------------------------------------------------------ */
 
-static bool in_code(const struct ak_vcpu *v, uintptr_t pc)
-{
-    const struct TCGContext *tcg = v->uc->tcg_ctx;
-    return pc - (uintptr_t)tcg->code_gen_buffer < tcg->code_gen_buffer_size;
-}
-
 /* The host refused an access by guest code whose page was there when the TLB was filled: somebody changed the mapping
  * without telling anyone. Forget all translations and restart the instruction; the fill will then meet the page as it
  * is now. Called in the signal handler; does not return if the fault was the guest's. */
@@ -126,7 +126,7 @@ bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why,
     if (in_code(v, pc))
         retaddr = pc + 2; /* the restore takes two bytes off a return address */
     else if (!v->translating && !v->delivering) {
-        retaddr = *(uintptr_t *)v->jit_slot; /* a helper called by translated code */
+        retaddr = ak_helper_return(v); /* a helper called by translated code */
         if (!in_code(v, retaddr))
             return false;
     }

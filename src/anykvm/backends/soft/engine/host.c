@@ -115,6 +115,21 @@ static int guarded_copy(void *to, const void *from, u64 size)
     return 0;
 }
 
+/* Whether host memory still holds these bytes; memory that is not there does not. */
+bool ak_host_equal(u64 hva, const void *bytes, u64 size)
+{
+    if (sigsetjmp(guard.env, 0)) {
+        guard.armed = 0;
+        return false;
+    }
+    guard.armed = 1;
+    __asm__ volatile("" ::: "memory");
+    bool same = !memcmp((const void *)hva, bytes, size);
+    __asm__ volatile("" ::: "memory");
+    guard.armed = 0;
+    return same;
+}
+
 static bool user_range(u64 at, u64 size)
 {
     return at + size >= at && at + size <= (1ull << 47) - AK_PAGE_SIZE;

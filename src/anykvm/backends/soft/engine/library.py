@@ -45,6 +45,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_mm_generation": (_u32, ()),
     # host memory
     "ak_host_init": (_int, ()),
+    "ak_self_test": (ctypes.c_char_p, ()),
     "ak_copy_in": (_int, (_pointer, _address, _u64)),
     "ak_copy_out": (_int, (_address, _pointer, _u64)),
     # vCPU
@@ -61,7 +62,7 @@ _loading: Final = threading.Lock()
 def library() -> ctypes.CDLL:
     """Load the engine, once, and declare its functions.
 
-    Raises ImportError when it is not there or does not load; OSError when its signal handlers cannot be installed.
+    Raises ImportError when it is not there, does not load or fails its self-test; OSError when its signal handlers cannot be installed.
     """
     global _loaded
     if _loaded is None:
@@ -84,6 +85,9 @@ def load(path: str) -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise ImportError(f"anykvm's engine does not fit this installation: {path}: {error}") from error
     install_handlers(loaded)
+    wrong = loaded.ak_self_test()
+    if wrong:
+        raise ImportError(f"anykvm's engine fails its self-test: {wrong.decode()} ({path})")
     return loaded
 
 

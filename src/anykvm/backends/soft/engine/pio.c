@@ -8,9 +8,9 @@
 #define PIO_PAGE 4096 /* KVM_PIO_PAGE_OFFSET in bytes */
 #define INS_BUFFER 1024
 
-extern void helper_check_iob_x86_64(struct CPUX86State *, u32);
-extern void helper_check_iow_x86_64(struct CPUX86State *, u32);
-extern void helper_check_iol_x86_64(struct CPUX86State *, u32);
+#define MMU_KNOSMAP_IDX 2
+
+extern u32 cpu_lduw_mmuidx_ra_x86_64(struct CPUX86State *, u64 va, int mmu_idx, uintptr_t retaddr);
 
 static u8 *pio_data(struct ak_vcpu *v)
 {
@@ -45,8 +45,27 @@ static u32 pio_length(struct ak_vcpu *v, u64 rip)
     return 1;
 }
 
+/* The I/O permission check, which the stock engine leaves out: CPL <= IOPL, or the TSS's bitmap. Else #GP(0). */
+static void check_io(struct ak_vcpu *v, u32 port, u32 size, uintptr_t retaddr)
+{
+    const struct CPUX86State *env = v->env;
+    u32 cpl = env->hflags & HF_CPL_MASK, iopl = (u32)(env->eflags >> 12) & 3, type = env->tr.flags >> 8 & 15;
+    if (!(env->cr[0] & CR0_PE) || (cpl <= iopl && !(env->eflags & RFLAGS_VM)))
+        return;
+    if ((env->tr.flags & DESC_P) && (type == 9 || type == 11) && env->tr.limit >= 103) {
+        u32 at = cpu_lduw_mmuidx_ra_x86_64(v->env, env->tr.base + 0x66, MMU_KNOSMAP_IDX, retaddr) + port / 8;
+        if (at + 1 <= env->tr.limit) {
+            u32 bits = cpu_lduw_mmuidx_ra_x86_64(v->env, env->tr.base + at, MMU_KNOSMAP_IDX, retaddr) >> (port & 7);
+            if (!(bits & ((1u << size) - 1)))
+                return;
+        }
+    }
+    ak_raise(v, EXCP_GP, 0, retaddr);
+}
+
 static void __attribute__((noreturn)) pio_exit(struct ak_vcpu *v, u32 port, u32 data, u32 size, bool in, uintptr_t ra)
 {
+    check_io(v, port, size, ra);
     cpu_restore_state_x86_64(v->cpu, ra, true);
     v->pio_rip = linear_rip(v);
     v->pio_len = pio_length(v, v->pio_rip);
@@ -56,15 +75,17 @@ static void __attribute__((noreturn)) pio_exit(struct ak_vcpu *v, u32 port, u32 
     v->exit.size = size;
     v->exit.count = 1;
     v->exit.is_write = !in;
+    memset(pio_data(v), 0, size); /* an answer that is not given is 0 */
     if (!in)
         memcpy(pio_data(v), &data, size);
     v->completion = AK_COMPLETE_PIO;
     ak_leave(v, AK_EXIT_IO, 0);
 }
 
+#define NOTE_FRAME() ak_note_helper_frame(ak_current, (uintptr_t)__builtin_frame_address(0) + sizeof(void *))
 #define OUT(name, type) \
     void name(struct CPUX86State *env, u32 port, u32 data) \
-    { (void)env; pio_exit(ak_current, port & 0xffff, (type)data, sizeof(type), false, GETPC()); }
+    { (void)env; NOTE_FRAME(); pio_exit(ak_current, port & 0xffff, (type)data, sizeof(type), false, GETPC()); }
 #define IN(name, type) \
     u64 name(struct CPUX86State *env, u32 port) \
     { (void)env; pio_exit(ak_current, port & 0xffff, 0, sizeof(type), true, GETPC()); }
@@ -164,12 +185,9 @@ static void advance(struct ak_vcpu *v, const struct string_io *s, u32 items)
     int64_t step = (v->env->df < 0 ? -1 : 1) * (int64_t)s->size * items;
     int reg = s->in ? R_EDI : R_ESI;
     set_reg(v, reg, s->addr_bytes, v->env->regs[reg] + (u64)step);
-    u64 left = 0;
-    if (s->rep) {
-        left = (v->env->regs[R_ECX] - items) & address_mask(s->addr_bytes);
-        set_reg(v, R_ECX, s->addr_bytes, left);
-    }
-    if (!left)
+    if (s->rep) /* RIP stays: the instruction retires when it runs again and finds RCX 0 */
+        set_reg(v, R_ECX, s->addr_bytes, (v->env->regs[R_ECX] - items) & address_mask(s->addr_bytes));
+    else
         v->env->eip += s->len;
 }
 
@@ -242,10 +260,7 @@ void ak_string_io(struct ak_vcpu *v)
     struct string_io s;
     u32 port = v->env->regs[R_EDX] & 0xffff;
     decode_string(v, &s);
-    u32 cpl = v->env->hflags & HF_CPL_MASK, iopl = (u32)(v->env->eflags >> 12) & 3;
-    if ((v->env->cr[0] & CR0_PE) && (cpl > iopl || (v->env->eflags & RFLAGS_VM)))
-        (s.size == 1 ? helper_check_iob_x86_64 : s.size == 2 ? helper_check_iow_x86_64 : helper_check_iol_x86_64)(
-            v->env, port);
+    check_io(v, port, s.size, 0);
     if (s.rep && !(v->env->regs[R_ECX] & address_mask(s.addr_bytes))) {
         v->env->eip += s.len;
         return;
@@ -259,6 +274,7 @@ void ak_string_io(struct ak_vcpu *v)
         v->exit.count = v->pio_count = ins_items(v, &s);
         v->pio_rip = linear_rip(v);
         v->completion = AK_COMPLETE_STRING_IN;
+        memset(pio_data(v), 0, v->pio_count * s.size);
     } else {
         u8 item[4] = {0};
         guest_copy(v, string_address(v, &s), item, s.size, false);

@@ -33,7 +33,7 @@ void ak_set_regs(struct ak_vcpu *v, const struct kvm_regs *r)
     g[12] = r->r12, g[13] = r->r13, g[14] = r->r14, g[15] = r->r15;
     v->env->eip = r->rip;
     v->env->eflags = (r->rflags & 0x3f7fd7ull) | 2;
-    v->event.injected = 0;
+    v->event.pending = 0;
     ak_update_hflags(v);
 }
 
@@ -96,6 +96,7 @@ void ak_get_sregs(struct ak_vcpu *v, struct kvm_sregs *s)
     for (int i = 0; i < 6; i++)
         get_segment(&env->segs[order[i]], segments[i]);
     get_segment(&env->tr, &s->tr);
+    s->tr.type |= s->tr.s ? 0 : 2; /* loaded is busy; the engine's cache says available */
     get_segment(&env->ldt, &s->ldt);
     s->gdt.base = env->gdt.base, s->gdt.limit = (u16)env->gdt.limit;
     s->idt.base = env->idt.base, s->idt.limit = (u16)env->idt.limit;
@@ -105,7 +106,11 @@ void ak_get_sregs(struct ak_vcpu *v, struct kvm_sregs *s)
         s->interrupt_bitmap[v->event.irq_vector / 64] |= 1ull << (v->event.irq_vector % 64);
 }
 
-/* kvm_is_valid_sregs(): -EINVAL, and nothing is changed. */
+#define CR4_SUPPORTED (0x7ffull | CR4_FSGSBASE | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP)
+#define EFER_SUPPORTED (EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE)
+
+/* kvm_is_valid_sregs(), kvm_set_apic_base(): -EINVAL, and nothing is changed. Before KVM_SET_CPUID2 every CR4 bit there
+ * is may be set; EFER is never compared with CPUID here. */
 static int check_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
 {
     if ((s->efer & EFER_LME) && (s->cr0 & CR0_PG)) {
@@ -113,11 +118,9 @@ static int check_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
             return -EINVAL;
     } else if ((s->efer & EFER_LMA) || s->cs.l)
         return -EINVAL;
-    if (ak_check_cr0(s->cr0) || (s->cr4 & ak_cr4_reserved(v)) || (s->efer & ak_efer_reserved(v)))
+    if (ak_check_cr0(s->cr0) || (s->cr4 & (v->ncpuid ? ak_cr4_reserved(v) : ~CR4_SUPPORTED)) || (s->efer & ~(u64)EFER_SUPPORTED))
         return -EINVAL;
-    if ((s->apic_base >> AK_MAXPHYADDR) || (s->apic_base & 0x2ff))
-        return -EINVAL;
-    return s->cr8 > 15 ? -EINVAL : 0;
+    return (s->apic_base >> AK_MAXPHYADDR) || (s->apic_base & 0x6ff) ? -EINVAL : 0; /* no x2APIC */
 }
 
 int ak_set_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
@@ -132,11 +135,14 @@ int ak_set_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
     for (int i = 0; i < 6; i++)
         set_segment(&env->segs[order[i]], segments[i]);
     set_segment(&env->tr, &s->tr);
+    env->tr.flags &= ~(2u << 8);
     set_segment(&env->ldt, &s->ldt);
     env->gdt = (struct SegmentCache){.base = s->gdt.base, .limit = s->gdt.limit};
     env->idt = (struct SegmentCache){.base = s->idt.base, .limit = s->idt.limit};
     env->cr[0] = s->cr0 | 0x10, env->cr[2] = s->cr2, env->cr[3] = s->cr3, env->cr[4] = s->cr4;
-    env->efer = s->efer, v->cr8 = s->cr8, v->msr.apic_base = s->apic_base;
+    env->efer = s->efer, v->msr.apic_base = s->apic_base;
+    if (s->cr8 <= 15) /* kvm_set_cr8() refuses others, and nobody looks */
+        v->cr8 = s->cr8;
     ak_update_hflags(v);
     tlb_flush_x86_64(v->cpu);
     for (u32 i = 0; i < 256; i++)

@@ -59,7 +59,8 @@ void ak_post_kvm_run_save(struct ak_vcpu *v)
     run->if_flag = !!(v->env->eflags & RFLAGS_IF);
     run->cr8 = v->cr8;
     run->apic_base = v->msr.apic_base;
-    run->ready_for_interrupt_injection = ak_interrupt_allowed(v) && !v->event.irq_injected && !v->event.injected;
+    run->ready_for_interrupt_injection =
+        ak_interrupt_allowed(v) && !v->event.irq_injected && !v->event.injected && !v->event.pending;
 }
 
 bool ak_irq_window(struct ak_vcpu *v)
@@ -92,7 +93,10 @@ void ak_exit_io(struct ak_vcpu *v)
     run->io.data_offset = 4096;
 }
 
-/* prepare_emulation_failure_exit() without instruction bytes; kvm_prepare_event_vectoring_exit(). */
+u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15]);
+
+/* prepare_emulation_failure_exit(): a word of flags, the instruction's bytes if they can be had, then what the processor
+ * says of its exit: nothing here. kvm_prepare_event_vectoring_exit(). */
 void ak_exit_internal(struct ak_vcpu *v, u32 suberror)
 {
     struct kvm_run *run = v->run;
@@ -101,6 +105,10 @@ void ak_exit_internal(struct ak_vcpu *v, u32 suberror)
     run->internal.ndata = suberror == KVM_INTERNAL_ERROR_DELIVERY_EV ? 5 : 6;
     if (suberror == KVM_INTERNAL_ERROR_DELIVERY_EV)
         run->internal.data[3] = v->exit.gpa;
+    else if ((run->emulation_failure.insn_size = (u8)ak_instruction_bytes(v, run->emulation_failure.insn_bytes))) {
+        run->emulation_failure.flags = KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES;
+        run->internal.ndata = 8;
+    }
 }
 
 /* kvm_emulate_hypercall(): none is offered yet. */

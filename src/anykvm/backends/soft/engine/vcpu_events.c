@@ -10,8 +10,10 @@
 void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
 {
     memset(e, 0, sizeof *e);
-    e->exception.injected = v->event.injected;
-    if (v->event.injected) {
+    /* KVM conflates the two while KVM_CAP_EXCEPTION_PAYLOAD is off */
+    e->exception.injected = v->event.injected | v->event.pending;
+    e->exception.pending = v->event.pending;
+    if (e->exception.injected) {
         e->exception.nr = v->event.vector;
         e->exception.has_error_code = v->event.has_error;
         e->exception.error_code = v->event.error_code;
@@ -35,6 +37,7 @@ int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *e)
     if ((e->flags & KVM_VCPUEVENT_VALID_SMM) && (e->smi.smm || e->smi.pending))
         return -EINVAL;
     v->event.injected = e->exception.injected;
+    v->event.pending = 0;
     v->event.vector = e->exception.nr;
     v->event.has_error = e->exception.has_error_code;
     v->event.error_code = e->exception.error_code;

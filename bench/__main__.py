@@ -1,0 +1,84 @@
+"""`python -m bench`: measure, print the table, save bench-results.json at the top of the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from anykvm import probe_device
+from bench import measure
+
+
+@dataclass
+class Result:
+    """One row: ours, the bar, and the peers by name."""
+
+    name: str
+    value: float
+    unit: str
+    bar: str
+    ok: bool
+    peers: dict[str, float] = field(default_factory=dict)
+
+
+def pio() -> Result:
+    value = measure.pio_exit("soft", 100_000)
+    peers = {"Unicorn's Python binding": measure.stock_pio_exit(10_000)}
+    if probe_device().usable:
+        peers["/dev/kvm"] = measure.pio_exit("device", 10_000)
+    ok = value <= 1.5 and peers["Unicorn's Python binding"] / value >= 6
+    return Result("PIO exit round trip, vcpu.run() in Python", value, "us", "<= 1.5 and 6x faster than the binding", ok, peers)
+
+
+def fault() -> Result:
+    value = measure.fault_exit()
+    return Result("memory-fault exit, Python maps the page, resume", value, "us", "<= 8", value <= 8)
+
+
+def paging() -> Result:
+    value, plain = measure.demand_paging(), measure.plain_c_touch()
+    ok = value >= 300_000 and value >= 0.5 * plain
+    return Result("demand paging of fresh memory", value, "pages/s", ">= 300000 and >= 0.5x plain C", ok, {"plain C loop": plain})
+
+
+def code() -> Result:
+    value, stock = measure.guest_code(), measure.stock_guest_code()
+    return Result("guest code speed", value, "M insn/s", ">= 0.9x raw Unicorn", value >= 0.9 * stock, {"raw Unicorn": stock})
+
+
+def start() -> Result:
+    value = measure.first_exit()
+    return Result("import anykvm, create a VM, first exit", value, "s", "<= 0.25", value <= 0.25)
+
+
+BENCHMARKS: list[Callable[[], Result]] = [pio, fault, paging, code, start]
+
+
+def main() -> None:
+    """Run all of them."""
+    console = Console()
+    results = []
+    for benchmark in BENCHMARKS:
+        with console.status(f"measuring: {benchmark.__name__}"):
+            results.append(benchmark())
+    table = Table(title=f"anykvm, soft backend; {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
+    for heading in ("what", "anykvm", "bar", "ok", "peers, same run"):
+        table.add_column(heading, justify="right" if heading == "anykvm" else "left")
+    for r in results:
+        peers = ", ".join(f"{name}: {value:,.4g}" for name, value in r.peers.items())
+        table.add_row(r.name, f"{r.value:,.4g} {r.unit}", r.bar, "yes" if r.ok else "NO", peers)
+    console.print(table)
+    path = Path(__file__).resolve().parent.parent / "bench-results.json"
+    path.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    console.print(f"saved {path.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,427 @@
+"""KVM_RUN row by row: what is returned, what stays in kvm_run, what is completed. Covers every branch of run.py."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+from machine import CODE, DATA, Machine, assemble
+
+import anykvm
+from anykvm import Hlt, InternalError, Intr, Io, IrqWindowOpen, MemoryFault, Mmio, Shutdown, abi
+
+RUN = abi.KVM_RUN
+DEVICE = 0x1000000  # no memslot there
+
+
+@pytest.fixture(params=["documented", "linux-7.3"])
+def profile(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def machine(profile: str) -> Iterator[Machine]:
+    with anykvm.open("soft", profile) as kvm, Machine(kvm) as made:
+        yield made
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """SIGALRM's handler does nothing; no timer is left behind."""
+    old = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, old)
+
+
+def raw(machine: Machine, arg: int = 0) -> int:
+    """KVM_RUN on the waist: 0 or the errno."""
+    try:
+        return machine.kvm.backend.ioctl(machine.vcpu.fileno(), RUN, arg)
+    except OSError as error:
+        assert error.errno is not None
+        return error.errno
+
+
+def poison(machine: Machine, reason: int = 0xDEAD) -> None:
+    run = machine.vcpu.kvm_run
+    run.exit_reason, run.flags = reason, 0x5555
+
+
+def test_argument_must_be_zero(machine: Machine) -> None:
+    machine.long_mode("hlt")
+    poison(machine)
+    assert raw(machine, 1) == errno.EINVAL  # row 5
+    assert (machine.vcpu.kvm_run.exit_reason, machine.vcpu.kvm_run.flags) == (0xDEAD, 0x5555)
+
+
+def test_forked_child_gets_eio(machine: Machine) -> None:
+    machine.long_mode("hlt")
+    pid = os.fork()
+    if not pid:
+        os._exit(raw(machine))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == errno.EIO  # row 1
+
+
+def test_immediate_exit_keeps_reason_and_payload(machine: Machine) -> None:
+    machine.long_mode("mov $0x60123, %rax; mov (%rax), %rbx; hlt")
+    machine.memory.protect(DATA, 4096, 0)
+    assert raw(machine) == errno.EFAULT
+    run = machine.vcpu.kvm_run
+    before = (run.exit_reason, bytes(run)[32:56])
+    machine.vcpu.immediate_exit = True
+    assert raw(machine) == errno.EINTR  # row 17
+    assert (run.exit_reason, bytes(run)[32:56]) == before
+    assert machine.vcpu.run() == Intr(before[0])
+    machine.vcpu.immediate_exit = False
+    machine.memory.protect(DATA, 4096, 3)
+    machine.run_to_halt()
+
+
+def test_flags_are_cleared(machine: Machine) -> None:
+    machine.long_mode("hlt")
+    poison(machine)
+    assert raw(machine) == 0
+    assert (machine.vcpu.kvm_run.exit_reason, machine.vcpu.kvm_run.flags) == (abi.KVM_EXIT_HLT, 0)
+
+
+@pytest.mark.parametrize("field", ["kvm_valid_regs", "kvm_dirty_regs"])
+@pytest.mark.parametrize("bits", [8, 1 << 40])
+def test_unknown_register_sets(machine: Machine, field: str, bits: int) -> None:
+    machine.long_mode("hlt")
+    poison(machine)
+    setattr(machine.vcpu.kvm_run, field, bits)
+    assert raw(machine) == errno.EINVAL  # row 12
+    assert (machine.vcpu.kvm_run.exit_reason, machine.vcpu.kvm_run.flags) == (0xDEAD, 0)
+
+
+def test_register_sync(machine: Machine) -> None:
+    machine.long_mode("out %al, $0xe9; mov %rbx, %rcx; hlt")
+    run = machine.vcpu.kvm_run
+    run.kvm_valid_regs = 7
+    assert isinstance(machine.vcpu.run(), Io)
+    regs, sregs = run.s.regs.regs, run.s.regs.sregs
+    assert (regs.rip, sregs.cr3) == (CODE, 0x10000)
+    regs.rip, regs.rbx = CODE + 2, 77  # past the OUT: its completion is dropped
+    run.kvm_dirty_regs = 7
+    assert machine.vcpu.run() == Hlt()
+    assert run.kvm_dirty_regs == 0
+    assert run.s.regs.regs.rcx == 77
+
+
+@pytest.mark.parametrize("which", ["sregs", "events"])
+def test_refused_register_sync(machine: Machine, which: str) -> None:
+    machine.long_mode("hlt")
+    run = machine.vcpu.kvm_run
+    run.kvm_valid_regs = 7
+    machine.vcpu.immediate_exit = True
+    machine.vcpu.run()
+    machine.vcpu.immediate_exit = False
+    if which == "sregs":
+        run.s.regs.sregs.cr4 |= 1 << 27
+        run.kvm_dirty_regs = 2
+    else:
+        run.s.regs.events.flags = 1 << 20
+        run.kvm_dirty_regs = 4
+    poison(machine)
+    assert raw(machine) == errno.EINVAL  # row 13
+    assert run.exit_reason == 0xDEAD
+    assert run.kvm_dirty_regs
+
+
+def test_task_priority_of_the_page(machine: Machine) -> None:
+    machine.long_mode("mov %cr8, %rax; mov %rax, %rbx; mov $3, %eax; mov %rax, %cr8; hlt")
+    machine.vcpu.kvm_run.cr8 = 16
+    poison(machine)
+    assert raw(machine) == errno.EINVAL  # row 14
+    assert machine.vcpu.kvm_run.exit_reason == 0xDEAD
+    machine.vcpu.kvm_run.cr8 = 9
+    machine.run_to_halt()
+    assert machine.vcpu.get_regs().rbx == 9
+    assert machine.vcpu.kvm_run.cr8 == 3
+
+
+def test_port_io_completes_at_the_next_run_exactly_once(machine: Machine) -> None:
+    machine.long_mode("mov $-1, %rax; in $0x20, %al; in $0x21, %ax; in $0x22, %eax; hlt")
+    for value, expected in ((0x12, 0xFFFFFFFFFFFFFF12), (0x3456, 0xFFFFFFFFFFFF3456), (0x789ABCDE, 0x789ABCDE)):
+        exit = machine.vcpu.run()
+        assert isinstance(exit, Io)
+        before = machine.vcpu.get_regs().rip
+        exit.respond(value)
+        machine.vcpu.immediate_exit = True
+        assert isinstance(machine.vcpu.run(), Intr)  # completes, does not enter
+        machine.vcpu.immediate_exit = False
+        regs = machine.vcpu.get_regs()
+        assert (regs.rax, regs.rip > before) == (expected, True)
+    machine.run_to_halt()
+    assert machine.vcpu.get_regs().rax == 0x789ABCDE
+
+
+def test_port_io_result_is_dropped_when_rip_was_moved(machine: Machine) -> None:
+    machine.long_mode("mov $1, %eax; in $0x20, %al; hlt")
+    exit = machine.vcpu.run()
+    assert isinstance(exit, Io)
+    exit.respond(0x99)
+    machine.set_regs(rip=CODE + len(assemble("mov $1, %eax; in $0x20, %al")))
+    machine.run_to_halt()
+    assert machine.vcpu.get_regs().rax == 1
+
+
+def test_string_output_one_item_an_exit(machine: Machine) -> None:
+    machine.memory.write(DATA, b"abcdef")
+    machine.long_mode("mov $0x60000, %esi; mov $3, %ecx; mov $0x20, %dx; rep outsw; hlt")
+    seen = []
+    while isinstance(exit := machine.vcpu.run(), Io):
+        seen.append((exit.size, exit.count, exit.data, machine.vcpu.get_regs().rcx))
+    assert exit == Hlt()
+    assert seen == [(2, 1, b"ab", 2), (2, 1, b"cd", 1), (2, 1, b"ef", 0)]
+
+
+def test_string_input_as_many_items_as_fit_the_page(machine: Machine) -> None:
+    machine.long_mode("mov $0x60ffc, %edi; mov $5, %ecx; mov $0x20, %dx; rep insw; hlt")
+    first = machine.vcpu.run()
+    assert isinstance(first, Io) and (first.count, first.size) == (2, 2)
+    first.respond(b"abcd")
+    second = machine.vcpu.run()
+    assert isinstance(second, Io) and second.count == 3
+    assert machine.memory.read(0x60FFC, 4) == b"abcd"
+    second.respond(b"efghij")
+    machine.vcpu.immediate_exit = True
+    assert isinstance(machine.vcpu.run(), Intr)
+    assert machine.memory.read(0x61000, 6) == b"efghij"
+    machine.vcpu.immediate_exit = False
+    machine.run_to_halt()
+    regs = machine.vcpu.get_regs()
+    assert (regs.rcx, regs.rdi) == (0, 0x61006)
+
+
+def test_string_input_with_the_count_changed_between(machine: Machine) -> None:
+    machine.long_mode("mov $0x60000, %edi; mov $8, %ecx; mov $0x20, %dx; rep insb; hlt")
+    exit = machine.vcpu.run()
+    assert isinstance(exit, Io) and exit.count == 8
+    exit.respond(b"abcdefgh")
+    machine.set_regs(rcx=1)
+    machine.run_to_halt()
+    assert machine.memory.read(DATA, 2) == b"a\0"
+
+
+def test_device_write_leaves_behind_the_instruction(machine: Machine) -> None:
+    machine.long_mode(f"mov ${DEVICE}, %edi; movl $0x11223344, (%rdi); hlt")
+    assert machine.vcpu.run() == Mmio(DEVICE, bytes.fromhex("44332211"), 4, True)
+    assert machine.vcpu.get_regs().rip == CODE + len(assemble(f"mov ${DEVICE}, %edi; movl $0x11223344, (%rdi)"))
+    machine.run_to_halt()
+
+
+def test_device_read_leaves_at_the_instruction(machine: Machine) -> None:
+    machine.long_mode(f"mov ${DEVICE}, %edi; movzwl 3(%rdi), %eax; hlt")
+    exit = machine.vcpu.run()
+    assert isinstance(exit, Mmio) and (exit.phys_addr, exit.len, exit.is_write) == (DEVICE + 3, 2, False)
+    at = CODE + len(assemble(f"mov ${DEVICE}, %edi"))
+    assert machine.vcpu.get_regs().rip == at
+    exit.respond(0xBEEF)
+    machine.vcpu.immediate_exit = True
+    assert isinstance(machine.vcpu.run(), Intr)
+    regs = machine.vcpu.get_regs()
+    assert (regs.rax, regs.rip) == (0xBEEF, at + 4)
+    machine.vcpu.immediate_exit = False
+    machine.run_to_halt()
+
+
+@pytest.mark.parametrize("instruction", ["addl $5, (%rdi)", "lock addl $5, (%rdi)"])
+def test_device_read_modify_write(machine: Machine, instruction: str) -> None:
+    machine.long_mode(f"mov ${DEVICE}, %edi; {instruction}; hlt")
+    read = machine.vcpu.run()
+    assert isinstance(read, Mmio) and not read.is_write
+    read.respond(37)
+    assert machine.vcpu.run() == Mmio(DEVICE, (42).to_bytes(4, "little"), 4, True)
+    machine.run_to_halt()
+
+
+def test_device_access_across_a_page_boundary_is_two_exits_even_with_immediate_exit(machine: Machine) -> None:
+    machine.long_mode(f"mov ${DEVICE + 0xFFC}, %edi; movabs $0x8877665544332211, %rax; mov %rax, (%rdi); hlt")
+    assert machine.vcpu.run() == Mmio(DEVICE + 0xFFC, bytes.fromhex("11223344"), 4, True)
+    machine.vcpu.immediate_exit = True
+    assert machine.vcpu.run() == Mmio(DEVICE + 0x1000, bytes.fromhex("55667788"), 4, True)  # row 15: 0, not EINTR
+    assert isinstance(machine.vcpu.run(), Intr)
+    machine.vcpu.immediate_exit = False
+    machine.run_to_halt()
+
+
+def test_store_from_memory_into_device_space(machine: Machine) -> None:
+    size = machine.memory.size
+    machine.long_mode(f"mov ${size - 4}, %edi; movabs $0x8877665544332211, %rax; mov %rax, (%rdi); hlt")
+    assert machine.vcpu.run() == Mmio(size, bytes.fromhex("55667788"), 4, True)
+    assert machine.memory.read(size - 4, 4) == bytes.fromhex("11223344")
+    machine.run_to_halt()
+
+
+def test_rep_movs_between_memory_and_device(machine: Machine) -> None:
+    machine.memory.write(DATA, b"xyz")
+    machine.long_mode(
+        f"""mov $0x60000, %esi; mov ${DEVICE}, %edi; mov $3, %ecx; rep movsb
+        mov ${DEVICE}, %esi; mov $0x60100, %edi; mov $2, %ecx; rep movsw; hlt"""
+    )
+    for i, byte in enumerate(b"xyz"):
+        assert machine.vcpu.run() == Mmio(DEVICE + i, bytes([byte]), 1, True)
+    for i, word in enumerate((0x1122, 0x3344)):
+        exit = machine.vcpu.run()
+        assert isinstance(exit, Mmio) and (exit.phys_addr, exit.len, exit.is_write) == (DEVICE + 2 * i, 2, False)
+        exit.respond(word)
+    machine.run_to_halt()
+    assert machine.memory.read(0x60100, 4) == bytes.fromhex("22114433")
+
+
+def test_answer_counts_even_if_a_slot_appears_meanwhile(machine: Machine) -> None:
+    machine.long_mode(f"mov ${DEVICE}, %edi; mov (%rdi), %eax; mov (%rdi), %ebx; hlt")
+    exit = machine.vcpu.run()
+    assert isinstance(exit, Mmio)
+    exit.respond(0x1234)
+    with anykvm.GuestMemory(4096) as more:
+        more.write(0, (0x5678).to_bytes(4, "little"))
+        machine.vm.map(more, DEVICE)
+        machine.run_to_halt()
+        regs = machine.vcpu.get_regs()
+        assert (regs.rax, regs.rbx) == (0x1234, 0x5678)
+        machine.vcpu.close()
+
+
+def test_read_only_slot(machine: Machine) -> None:
+    with anykvm.GuestMemory(4096) as rom:
+        rom.write(0, b"ROM!")
+        machine.vm.map(rom, DEVICE, flags=abi.KVM_MEM_READONLY)
+        machine.long_mode(f"mov ${DEVICE}, %edi; mov (%rdi), %eax; movl $1, (%rdi); incl (%rdi); hlt")
+        assert machine.vcpu.run() == Mmio(DEVICE, (1).to_bytes(4, "little"), 4, True)
+        assert machine.vcpu.get_regs().rax == int.from_bytes(b"ROM!", "little")
+        incremented = int.from_bytes(b"ROM!", "little") + 1
+        assert machine.vcpu.run() == Mmio(DEVICE, incremented.to_bytes(4, "little"), 4, True)
+        machine.run_to_halt()
+        assert rom.read(0, 4) == b"ROM!"
+        machine.vcpu.close()
+
+
+def test_memory_fault_validity(machine: Machine, profile: str) -> None:
+    machine.long_mode("mov $0x60123, %rax; incl (%rax); hlt")
+    machine.memory.protect(DATA, 4096, 0)
+    at = CODE + len(assemble("mov $0x60123, %rax"))
+    poison(machine)
+    if profile == "documented":
+        assert machine.vcpu.run() == MemoryFault(DATA, 4096, 0, errno.EFAULT)
+    else:
+        with pytest.raises(OSError, match="KVM_RUN") as caught:
+            machine.vcpu.run()
+        assert caught.value.errno == errno.EFAULT
+        assert machine.vcpu.kvm_run.exit_reason == abi.KVM_EXIT_UNKNOWN
+    assert machine.vcpu.get_regs().rip == at
+    machine.memory.protect(DATA, 4096, 3)
+    machine.run_to_halt()
+    assert int.from_bytes(machine.memory.read(DATA + 0x123, 4), "little") == 1
+
+
+def test_pending_signal_under_the_mask_wins_before_the_guest_runs(machine: Machine, alarm: None) -> None:
+    machine.long_mode("mov $1, %eax; 1: jmp 1b")
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    try:
+        machine.vcpu.set_signal_mask([])
+        signal.raise_signal(signal.SIGALRM)
+        assert machine.vcpu.run() == Intr(abi.KVM_EXIT_INTR)
+        assert machine.vcpu.get_regs().rip == CODE
+        assert signal.SIGALRM in signal.sigpending()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+
+
+def test_signal_ends_a_running_guest(machine: Machine, alarm: None) -> None:
+    machine.long_mode("1: incq (0x60000); inc %rax; jmp 1b")
+    for _ in range(20):
+        signal.setitimer(signal.ITIMER_REAL, 0.002)
+        assert machine.vcpu.run() == Intr(abi.KVM_EXIT_INTR)  # row 31
+        memory = int.from_bytes(machine.memory.read(DATA, 8), "little")
+        assert memory - machine.vcpu.get_regs().rax in (0, 1)  # no store is lost or done twice
+    assert memory > 1000
+
+
+def test_ignored_signal_does_not_end_a_run(machine: Machine, alarm: None) -> None:
+    machine.long_mode("mov $30000000, %ecx; 1: dec %ecx; jnz 1b; hlt")
+    old = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGALRM, old)
+        signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+        machine.run_to_halt()
+
+
+def test_blocked_signal_does_not_end_a_run(machine: Machine, alarm: None) -> None:
+    machine.long_mode("mov $30000000, %ecx; 1: dec %ecx; jnz 1b; hlt")
+    machine.vcpu.set_signal_mask([signal.SIGALRM])
+    signal.setitimer(signal.ITIMER_REAL, 0.002)
+    machine.run_to_halt()
+
+
+def test_kick_from_another_thread_is_never_lost(machine: Machine, alarm: None) -> None:
+    """immediate_exit and a signal, as VMMs kick: whenever it comes, KVM_RUN ends."""
+    machine.long_mode("1: jmp 1b")
+    main = threading.get_ident()
+    for _ in range(50):
+        machine.vcpu.immediate_exit = False
+        kicker = threading.Thread(target=lambda: (setattr(machine.vcpu, "immediate_exit", True), signal.pthread_kill(main, signal.SIGALRM)))
+        kicker.start()
+        assert isinstance(machine.vcpu.run(), Intr)
+        kicker.join()
+
+
+def test_interrupt_window(machine: Machine) -> None:
+    machine.long_mode("cli; mov $0x11, %ebx; sti; nop; mov $0x22, %ebx; hlt")
+    run = machine.vcpu.kvm_run
+    run.request_interrupt_window = 1
+    assert machine.vcpu.run() == IrqWindowOpen()  # row 30
+    assert run.ready_for_interrupt_injection == 1 and run.if_flag == 1
+    assert machine.vcpu.get_regs().rip == CODE + len(assemble("cli; mov $0x11, %ebx; sti; nop"))
+    run.request_interrupt_window = 0
+    machine.vcpu.interrupt(0x15)
+    assert machine.trap().vector == 0x15
+
+
+def test_shutdown(machine: Machine) -> None:
+    machine.long_mode("lidt (0x7000); ud2")
+    assert machine.vcpu.run() == Shutdown()
+
+
+def test_fetch_from_device_space_is_an_emulation_failure(machine: Machine) -> None:
+    machine.long_mode(f"mov ${DEVICE}, %eax; jmp *%rax")
+    exit = machine.vcpu.run()
+    assert isinstance(exit, InternalError) and exit.suberror == abi.KVM_INTERNAL_ERROR_EMULATION
+
+
+def test_delivery_into_device_space(machine: Machine) -> None:
+    machine.long_mode("ud2")
+    sregs = machine.vcpu.get_sregs()
+    sregs.idt.base = DEVICE
+    machine.vcpu.set_sregs(sregs)
+    exit = machine.vcpu.run()
+    assert isinstance(exit, InternalError) and exit.suberror == abi.KVM_INTERNAL_ERROR_DELIVERY_EV
+    assert exit.data[3] == DEVICE + 6 * 16
+
+
+def test_unknown_hypercall(machine: Machine) -> None:
+    machine.long_mode("mov $99, %eax; vmcall; mov %rax, %rbx; vmmcall; hlt")
+    machine.run_to_halt()
+    assert machine.vcpu.get_regs().rbx == (1 << 64) - 1000  # -KVM_ENOSYS
+
+
+def test_dead_vm(machine: Machine) -> None:
+    """A VM that dies while its vCPU runs: the run ends with EIO, and so does each later ioctl (rows 1 and 20)."""
+    machine.long_mode("1: jmp 1b")
+    from anykvm.backends.soft.files import FILES
+    from anykvm.backends.soft.vm import VmFile
+
+    file = FILES.get(machine.vm.fileno())
+    assert isinstance(file, VmFile)
+    timer = threading.Timer(0.02, file.vm.kill)
+    timer.start()
+    assert raw(machine) == errno.EIO
+    timer.join()
+    assert raw(machine) == errno.EIO
