@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vmm_helpers import elf32, elf64
 
 from anykvm.api import GuestMemory
 from anykvm.vmm.loaders import Image, ImageError, Segment, detect, elf, flat
+from vmm_helpers import elf32, elf64
 
 CODE = bytes.fromhex("90f4")
 

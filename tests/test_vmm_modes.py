@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from vmm_helpers import require_soft
 
 import anykvm
 from anykvm.api import GuestMemory, Hlt, Io, Kvm, Vcpu
 from anykvm.backends import Backend
 from anykvm.vmm import modes
+from vmm_helpers import require_soft
 
 SIZE = 1 << 20
 

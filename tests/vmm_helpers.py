@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import probe
 
 from anykvm.backends import Backend, soft_backend
+from conftest import probe
 
 SRC = Path(__file__).parent.parent / "src"
 

@@ -123,13 +123,18 @@ def _read(path: str) -> bytes:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise Fail(ExitCode.USAGE, f"{path}: {error.strerror}") from None
-    with open(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise Fail(ExitCode.USAGE, f"{path}: not a regular file")
         if status.st_size > _LARGEST_IMAGE:
             raise Fail(ExitCode.USAGE, f"{path}: larger than 1 GiB")
-        return file.read()
+        with open(fd, "rb", closefd=False) as file:
+            return file.read()
+    except OSError as error:
+        raise Fail(ExitCode.USAGE, f"{path}: {error.strerror}") from None
+    finally:
+        os.close(fd)
 
 
 def _machine(vm: Vm, ram: GuestMemory, image: loaders.Image, path: str, holes: list[_Range]) -> Vcpu:

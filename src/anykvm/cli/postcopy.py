@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from anykvm.cli.common import BackendOption, ExitCode, Fail, JsonOption, ProfileOption, choose, opened, print_json
 from anykvm.vmm.postcopy import FileError, Result, Source, run
@@ -24,6 +22,8 @@ HELP = """Run a guest that computes the CRC-32 of FILE in its memory, where at f
 Each first touch of a page ends KVM_RUN with a memory fault; the page is then brought from FILE, and the guest goes on.
 At the end its CRC must equal zlib's. The guest computes each page's CRC when it visits the page, in random or
 ascending order, and joins them at the end. A report with a heat map of the faults is written as one HTML page.
+
+A fault's latency is the VMM's part of it: from KVM_RUN's return with the fault until it is ready to run again.
 
 The backend is soft unless another is asked for: no kernel up to 7.3 reports a fault on ordinary memory as a memory
 fault.
@@ -123,25 +123,22 @@ def _plain(file: str, result: Result, report: str | None) -> dict[str, Any]:
 
 def _show(file: str, result: Result, report: str | None) -> None:
     faults = len(result.faults.page)
-    seconds = result.wall_ns / 1e9
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    order = f"random, seed {result.seed}" if result.order == "random" else result.order
+    seed = f" (seed {result.seed})" if result.order == "random" else ""
     rows = [
         ("file", f"{escape(_shown(file))}, {result.size:,} bytes"),
         ("backend", f"{result.backend}, profile {result.profile}"),
-        ("pages", f"{result.pages:,}, visited in {order} order"),
+        ("pages", f"{result.pages:,}, visited in {result.order} order{seed}"),
         ("faults", f"{faults:,}" + (f", prefetching {result.prefetch}" if result.prefetch else "")),
-        ("time", f"{seconds:.3f} s, of which {result.handling_ns / 1e9:.3f} s bringing pages"),
+        ("time", f"{result.wall_ns / 1e9:.3f} s, of which {result.handling_ns / 1e9:.3f} s bringing pages"),
         ("faults/s", f"{result.faults_per_second:,.0f}"),
         ("latency", _latency(result)),
-        ("CRC-32", f"guest {result.crc_guest:08x}, zlib {result.crc_zlib:08x}: " + _verdict(result)),
+        ("CRC-32", f"guest {result.crc_guest:08x}, zlib {result.crc_zlib:08x}: {_verdict(result)}"),
     ]
-    for row in rows if report is None else [*rows, ("report", escape(_shown(report)))]:
-        table.add_row(row[0], row[1])
-    Console(highlight=False, markup=True).print(table, soft_wrap=True)
-    sys.stdout.flush()
+    if report is not None:
+        rows.append(("report", escape(_shown(report))))
+    console = Console(highlight=False)
+    for label, text in rows:
+        console.print(f"[bold]{label:9}[/] {text}", soft_wrap=True)
 
 
 def _shown(path: str) -> str:
@@ -153,7 +150,7 @@ def _latency(result: Result) -> str:
     p50, p99, longest = (result.latency_us(quantile) for quantile in (0.5, 0.99, 1))
     if p50 is None:
         return "no fault"
-    return f"p50 {p50:.1f} us, p99 {p99:.1f} us, longest {longest:.1f} us, from fault to the next KVM_RUN"
+    return f"p50 {p50:.1f} us, p99 {p99:.1f} us, longest {longest:.1f} us"
 
 
 def _verdict(result: Result) -> str:

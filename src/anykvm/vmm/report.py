@@ -43,6 +43,8 @@ class HeatMap(NamedTuple):
     levels: list[Level]
     time: list[Tick]
     gpa: list[Tick]
+    offset: list[Tick]
+    """The same places as offsets in the file."""
 
 
 class Histogram(NamedTuple):
@@ -105,7 +107,16 @@ def heat_map(result: Result) -> HeatMap:
     ]
     wall_ms = result.wall_ns / 1e6
     time_ticks = [Tick(value / wall_ms, f"{value:g}") for value in _round_steps(wall_ms, 8)]
-    return HeatMap(_COLUMNS, rows, levels, time_ticks, _gpa_ticks(result.pages * PAGE_SIZE))
+    length = result.pages * PAGE_SIZE
+    offsets = [(1 - offset / length, offset) for offset in range(0, length + 1, _step(length))]
+    return HeatMap(
+        _COLUMNS,
+        rows,
+        levels,
+        time_ticks,
+        [Tick(at, f"{FILE_GPA + offset:#x}") for at, offset in offsets],
+        [Tick(at, _bytes(offset)) for at, offset in offsets],
+    )
 
 
 def histogram(result: Result) -> Histogram:
@@ -155,8 +166,21 @@ def _round_steps(end: float, about: int) -> Iterable[float]:
     return [round(index * step, 9) for index in range(int(end / step * 1.000001) + 1)]
 
 
-def _gpa_ticks(length: int) -> list[Tick]:
+def _step(length: int) -> int:
+    """Give the distance between marks for so many bytes: a power of two, for at most nine marks."""
     step = PAGE_SIZE
     while length / step > 8:
         step *= 2
-    return [Tick(1 - offset / length, f"{FILE_GPA + offset:#x}") for offset in range(0, length + 1, step)]
+    return step
+
+
+def _bytes(count: int) -> str:
+    """Write a multiple of 4096 short.
+
+    >>> _bytes(0), _bytes(12288), _bytes(48 << 20), _bytes(3 << 29)
+    ('0', '12 KiB', '48 MiB', '1.5 GiB')
+    """
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:g} {unit}"
+    return str(count)

@@ -7,6 +7,7 @@ again retries it.
 
 from __future__ import annotations
 
+from errno import EFAULT
 from os import preadv
 from typing import Final
 
@@ -62,7 +63,7 @@ class FileResolver:
         SourceError when the file has become shorter or cannot be read; OSError when the memory cannot be had.
         """
         page = (fault.gpa - self._gpa) // PAGE_SIZE
-        if not 0 <= page < self.pages or fault.flags:
+        if not 0 <= page < self.pages or fault.flags or fault.errno != EFAULT:
             raise Unresolvable(f"{fault!r} is not about a page of the file")
         there = self._there
         if there[page]:
