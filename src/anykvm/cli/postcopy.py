@@ -14,7 +14,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from anykvm.cli.common import BackendOption, ExitCode, Fail, JsonOption, ProfileOption, choose, opened, print_json
 from anykvm.vmm.postcopy import FileError, Result, Source, run
-from anykvm.vmm.report import write_report
 from anykvm.vmm.resolvers import Unresolvable
 
 HELP = """Run a guest that computes the CRC-32 of FILE in its memory, where at first no page is.
@@ -57,6 +56,9 @@ def postcopy(
             result = run(kvm, source, order, prefetch, seed, progress)
         changed = source.changed
     if not no_html:
+        # Only here: the template engine is large, and most commands need none.
+        from anykvm.vmm.report import write_report
+
         write_report(html, os.path.basename(_shown(file)), result)
     report = None if no_html else html
     if json:

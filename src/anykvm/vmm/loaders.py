@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
-from typing import Final, Literal, NamedTuple
-
-from elftools.common.exceptions import ELFError
-from elftools.elf.elffile import ELFFile
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from anykvm.api import GuestMemory
+
+if TYPE_CHECKING:
+    from elftools.elf.elffile import ELFFile
 
 Mode = Literal["real", "protected", "long"]
 _MACHINES: Final[dict[str, tuple[str, Mode]]] = {"EM_386": ("ELF32", "protected"), "EM_X86_64": ("ELF64", "long")}
@@ -74,6 +74,10 @@ def elf(data: bytes, entry: int | None = None) -> Image:
     ``entry`` overrides the file's own; that one is a virtual address, taken to the segment's physical one.
     Raises ImageError for what is not such a file, or is damaged.
     """
+    # Only here: it takes as long to import as everything else together, and a flat binary needs none of it.
+    from elftools.common.exceptions import ELFError
+    from elftools.elf.elffile import ELFFile
+
     try:
         return _elf(ELFFile(io.BytesIO(data)), len(data), entry)
     except ImageError:
