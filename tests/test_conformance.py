@@ -114,6 +114,8 @@ def test_compare_tells_repeated_steps_apart() -> None:
     second = {**STEP, "ret": 1}
     (difference,) = compare_scenario("x", [STEP, second], [STEP, STEP])
     assert str(difference) == "x.a#2.ret: expected 1, got 0"
+    assert compare_scenario("x", [STEP, second], [STEP, STEP], without=[("a#2", "ret")]) == []
+    assert compare_scenario("x", [STEP, second], [STEP, STEP], without=[("a#1", "ret")]) != []
 
 
 def test_compare_leaves_out_what_is_the_processor_s_own() -> None:

@@ -38,6 +38,7 @@ def compare_scenario(
     """Compare a scenario's records with the golden ones; returns the differences, [] if there is none.
 
     ``without`` leaves out (step, field) pairs; field ``*`` leaves out a step, wherever it is and whether it is there.
+    ``step#2`` is the second step of that name.
 
     >>> golden, mine = {"n": "x", "s": "read", "ret": 0, "rax": "0x1"}, {"n": "x", "s": "read", "ret": 0, "rax": "0x2"}
     >>> [str(difference) for difference in compare_scenario("x", [golden], [mine])]
@@ -70,8 +71,9 @@ def _steps(records: Iterable[Record], left_out: set[tuple[str, str]]) -> dict[Ke
     for record in records:
         step = record["s"]
         seen[step] += 1
-        if (step, "*") not in left_out:
-            steps[step, seen[step]] = record
+        key = (step, seen[step])
+        if not _left_out(key, "*", left_out):
+            steps[key] = record
     return steps
 
 
@@ -82,7 +84,7 @@ def _fields(
     mine, theirs = _flat(_without_vendor(got)), _flat(_without_vendor(expected))
     differences: list[Difference] = []
     for field in theirs | mine:
-        if ignored(name, step, field) or (step, field) in left_out:
+        if ignored(name, step, field) or _left_out(key, field, left_out):
             continue
         want, have = theirs.get(field, MISSING), mine.get(field, MISSING)
         if is_descriptor(name, step, field) and isinstance(want, int) and isinstance(have, int):
@@ -90,6 +92,10 @@ def _fields(
         if want != have:
             differences.append(Difference(name, _label(key), field, want, have))
     return differences
+
+
+def _left_out(key: Key, field: str, left_out: set[tuple[str, str]]) -> bool:
+    return (key[0], field) in left_out or (f"{key[0]}#{key[1]}", field) in left_out
 
 
 def _flat(record: Record) -> dict[str, Any]:
