@@ -1,11 +1,10 @@
-"""The command line: from ``sys.argv`` to an exit code."""
+"""The command line: from its arguments to an exit code."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -46,14 +45,14 @@ def _options(
     pass
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line (``sys.argv`` if not given), and exit with an ``ExitCode``."""
-    code = _guarded(sys.argv[1:] if arguments is None else list(arguments))
+def run(arguments: list[str]) -> int:
+    """Run a command line; returns the ``ExitCode``."""
+    code = _guarded(arguments)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _broken_pipe()
-    sys.exit(code)
+    return code
 
 
 def _guarded(arguments: list[str]) -> int:
