@@ -27,6 +27,8 @@ class Profile:
     name: str
     annotate_unresolved: bool
     """A guest page fault with a memslot but no usable host page fills ``memory_fault`` (else: a bare EFAULT)."""
+    init_after_shutdown: bool = False
+    """A triple fault leaves the vCPU reset (else: its registers stay, to be looked at)."""
     purge: Purge = Purge.VCPU_RUN
     capabilities: Mapping[int, int] = field(default_factory=_nothing)
     """Values of KVM_CHECK_EXTENSION that differ from ``capabilities.CAPABILITIES``."""
@@ -40,6 +42,7 @@ DOCUMENTED: Final = Profile(
     cites=MappingProxyType(
         {
             "annotate_unresolved": "Documentation/virt/kvm/api.rst 8.44: a valid memslot without a VMA is its example",
+            "init_after_shutdown": "arch/x86/kvm/vmx/vmx.c:handle_triple_fault(); nothing is documented",
             "purge": "arch/x86/kvm/x86.c:vcpu_run()",
         }
     ),
@@ -47,9 +50,11 @@ DOCUMENTED: Final = Profile(
 LINUX_7_3: Final = Profile(
     name="linux-7.3",
     annotate_unresolved=False,
+    init_after_shutdown=True,
     cites=MappingProxyType(
         {
             "annotate_unresolved": "arch/x86/kvm/mmu/mmu.c:kvm_handle_error_pfn() of 7.3 ends in a bare -EFAULT",
+            "init_after_shutdown": "arch/x86/kvm/svm/svm.c:shutdown_interception(): the VMCB is undefined, so an INIT",
             "purge": "arch/x86/kvm/x86.c:vcpu_run()",
         }
     ),

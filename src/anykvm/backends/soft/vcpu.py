@@ -10,6 +10,7 @@ from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.pages import map_shared, unmap
+from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.vcpu_state import HANDLERS, MAX_IO_MSRS
 
 if TYPE_CHECKING:
@@ -68,10 +69,10 @@ class VcpuFile(int, File):
         return handler(self, arg)
 
 
-def create_vcpu(vm_address: int, vcpu_id: int, *, annotate: bool, bsp: bool) -> tuple[int, Vcpu]:
+def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool) -> tuple[int, Vcpu]:
     """Make a vCPU of the engine's VM and a descriptor with its pages.
 
-    ``annotate``: fill memory_fault in every profile's way (``Profile.annotate_unresolved``); ``bsp``: it boots the VM.
+    ``profile``: whose KVM it belongs to; ``bsp``: it boots the VM.
     Raises OSError: EMFILE, ENOMEM; Refused: ENOMEM.
     """
     fd = FILES.create(f"kvm-vcpu:{vcpu_id}", VCPU_MMAP_SIZE)
@@ -86,5 +87,5 @@ def create_vcpu(vm_address: int, vcpu_id: int, *, annotate: bool, bsp: bool) -> 
             unmap(pages, VCPU_MMAP_SIZE)
         os.close(fd)
         raise
-    library().ak_vcpu_configure(address, annotate, bsp)
+    library().ak_vcpu_configure(address, profile.annotate_unresolved, profile.init_after_shutdown, bsp)
     return fd, Vcpu(address, vcpu_id, pages)

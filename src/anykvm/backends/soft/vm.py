@@ -127,7 +127,7 @@ def _create_vcpu(vm: Vm, arg: int) -> int:
         raise Refused(errno.EINVAL, f"vcpu_id is not below {vm.max_vcpu_ids} (set by KVM_ENABLE_CAP)")
     if arg in vm.vcpus:
         raise Refused(errno.EEXIST, f"this vcpu_id is in use: {arg}")
-    fd, vcpu = create_vcpu(vm.address, arg, annotate=vm.profile.annotate_unresolved, bsp=arg == vm.bsp_vcpu_id)
+    fd, vcpu = create_vcpu(vm.address, arg, vm.profile, bsp=arg == vm.bsp_vcpu_id)
     vm.vcpus[arg] = vcpu
     FILES.install(fd, VcpuFile(vcpu, vm))
     return fd

@@ -65,6 +65,7 @@ void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr)
     if (!kvm_emulates(bytes, ak_instruction_bytes(v, bytes), v->env->hflags & HF_CS64_MASK))
         ak_emulate_failed(v, 0);
     v->emulation = AK_ARMED;
+    v->emulate_reached = 0;
     v->nlog = v->nreplay = v->nfragments = v->fragment = 0;
     v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
     v->cpu->cflags_next_tb = ak_alone_cflags(v);
@@ -147,6 +148,15 @@ bool ak_answered(const struct ak_vcpu *v, u64 gpa)
     return v->emulation == AK_RUNNING && v->nreplay < v->nlog && v->log[v->nreplay].gpa >> 12 == gpa >> 12;
 }
 
+/* A page that is no RAM, met while emulating. False: the host refuses it, and it comes before the device access because
+ * of which KVM would have begun to emulate at all; so it is a fault of native execution. */
+bool ak_emulate_reaches(struct ak_vcpu *v, u64 gpa, bool device)
+{
+    if (device || gpa >> 12 == v->emulate_gpa >> 12)
+        v->emulate_reached = 1;
+    return v->emulate_reached;
+}
+
 static u64 device_read(struct ak_vcpu *v, u64 gpa, u32 size, uintptr_t retaddr)
 {
     if (v->nreplay < v->nlog)
@@ -211,7 +221,11 @@ static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, 
         u64 va = i ? addr + first : addr;
         if (ak_walk(v, va, AK_READ, (int)(oi & 15), true, &t[i]) != AK_WALK_OK)
             return false; /* the ordinary path raises the fault */
-        device |= ak_faultin_pfn(v, t[i].gpa, AK_READ, &t[i]) != KVM_PFN_OK;
+        if (ak_faultin_pfn(v, t[i].gpa, AK_READ, &t[i]) == KVM_PFN_OK)
+            continue;
+        device = true;
+        if (!ak_emulate_reaches(v, t[i].gpa, t[i].pfn == KVM_PFN_NOSLOT))
+            return false;
     }
     if (!device)
         return false;
@@ -250,8 +264,10 @@ void cpu_loop_exit_atomic_x86_64(struct CPUState *cpu, uintptr_t retaddr)
 {
     struct ak_vcpu *v = ak_current;
     v->emulate_alone = 1;
-    if (v->emulation == AK_NATIVE)
+    if (v->emulation == AK_NATIVE) {
+        v->emulate_gpa = ~0ull; /* for want of atomicity, not because of a device */
         ak_emulate_start(v, retaddr);
+    }
     v->emulation = AK_ARMED;
     cpu->cflags_next_tb = ak_alone_cflags(v);
     cpu->exception_index = -1;

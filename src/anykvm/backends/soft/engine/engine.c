@@ -123,11 +123,10 @@ void ak_vcpu_destroy(struct ak_vcpu *v)
     free(v);
 }
 
-/* kvm_vcpu_reset(): AMD APM vol. 2, 14.1.3. */
-void ak_vcpu_reset(struct ak_vcpu *v)
+/* kvm_vcpu_reset(), what RESET and INIT have in common: AMD APM vol. 2, 14.1.3. */
+static void reset_or_init(struct ak_vcpu *v)
 {
     struct CPUX86State *env = v->env;
-    struct kvm_fpu fpu = {.fcw = 0x40, .mxcsr = 0x1f80, .ftwx = 0xff};
     memset(env->regs, 0, sizeof env->regs);
     env->regs[R_EDX] = 0x830f10;
     env->eip = 0xfff0;
@@ -145,16 +144,33 @@ void ak_vcpu_reset(struct ak_vcpu *v)
     memset(env->cr, 0, sizeof env->cr);
     env->cr[0] = 0x60000010;
     env->efer = 0;
-    env->xcr0 = 1;
-    env->pat = 0x0007040600070406ull;
     memset(env->dr, 0, sizeof env->dr);
     env->dr[6] = 0xffff0ff0;
     env->dr[7] = 0x400;
     env->old_exception = -1;
-    v->msr = (struct ak_msr_state){.apic_base = 0xfee00800 | (v->id ? 0 : 0x100), .misc_enable = 1, .bios_sign_id = 0x1000065ull << 32};
-    ak_set_fpu(v, &fpu);
+    v->event = (struct ak_event){0};
+    v->cr8 = 0;
     ak_update_hflags(v);
     tlb_flush_x86_64(v->cpu);
+}
+
+void ak_vcpu_reset(struct ak_vcpu *v)
+{
+    struct kvm_fpu fpu = {.fcw = 0x40, .mxcsr = 0x1f80, .ftwx = 0xff};
+    reset_or_init(v);
+    v->env->xcr0 = 1;
+    v->env->pat = 0x0007040600070406ull;
+    v->msr = (struct ak_msr_state){.apic_base = 0xfee00800 | (v->id ? 0 : 0x100), .misc_enable = 1, .bios_sign_id = 0x1000065ull << 32};
+    ak_set_fpu(v, &fpu);
+}
+
+/* After a triple fault SVM's state is undefined, so KVM gives the vCPU an INIT (shutdown_interception()). It keeps the
+ * cache bits of CR0, the FPU and the MSRs. */
+static void init_after_shutdown(struct ak_vcpu *v)
+{
+    u64 cache = v->env->cr[0] & (CR0_CD | CR0_NW);
+    reset_or_init(v);
+    v->env->cr[0] = cache | 0x10;
 }
 
 /* Leave guest code for the contract, the state restored to the instruction that translated code was in. */
@@ -208,6 +224,8 @@ void ak_enter(struct ak_vcpu *v)
     int r = cpu_exec_x86_64(v->uc, cpu);
     if (v->delivering)
         after_failed_delivery(v);
+    if (v->exit.kind == AK_EXIT_SHUTDOWN && v->init_after_shutdown)
+        init_after_shutdown(v);
     if (v->exit.kind == AK_EXIT_NONE)
         v->exit.kind = r == EXCP_HLT ? AK_EXIT_HLT : AK_EXIT_KICKED;
     if (v->exit.kind == AK_EXIT_MMIO && v->nfragments && !v->fragment)

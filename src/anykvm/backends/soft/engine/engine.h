@@ -187,6 +187,9 @@ struct ak_vcpu {
     u32 deliver_soft;
     u32 single_step_sse;      /* MXCSR has an unmasked exception: instruction by instruction */
     u64 emulate_rip;          /* where the instruction waits for a read's answer */
+    u64 emulate_gpa;          /* the page that started it */
+    u32 init_after_shutdown;  /* profile: a triple fault resets the vCPU, as SVM's KVM does */
+    u32 emulate_reached;      /* it has been got to: what comes before it faults as in native execution */
     u64 pio_rip;              /* linear rip of the pending PIO instruction */
     u32 pio_len, pio_size, pio_count, pio_in;
     u64 *code_pages;          /* set of host pages with translated code (open addressing) */
@@ -286,6 +289,7 @@ bool ak_emulate_boundary(struct ak_vcpu *v);
 bool ak_next_fragment(struct ak_vcpu *v);
 void ak_answer_read(struct ak_vcpu *v);
 bool ak_answered(const struct ak_vcpu *v, u64 gpa);
+bool ak_emulate_reaches(struct ak_vcpu *v, u64 gpa, bool device);
 void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
 
 /* pio.c */

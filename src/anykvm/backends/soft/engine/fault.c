@@ -41,6 +41,9 @@ static void __attribute__((noreturn)) fault_exit(struct ak_vcpu *v, struct ak_tr
     v->exit.annotate = 0;
     v->exit.err = -EFAULT;
     v->faults++;
+    v->emulation = AK_NATIVE;
+    v->emulate_alone = 0;
+    v->nlog = v->nreplay = v->nfragments = 0;
     ak_leave(v, t->pfn == KVM_PFN_ERR_HWPOISON ? AK_EXIT_SIGNAL : AK_EXIT_FAULT, retaddr);
 }
 
@@ -106,8 +109,13 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
     if (v->emulation == AK_NATIVE) {
         if (!device)
             fault_exit(v, &t, retaddr);
+        if (!(addr & ~AK_PAGE_MASK)) /* maybe the second page of an access: the entry of the first may be stale */
+            tlb_flush_x86_64(cs);
+        v->emulate_gpa = t.gpa;
         ak_emulate_start(v, retaddr);
     }
+    if (!ak_emulate_reaches(v, t.gpa, device))
+        fault_exit(v, &t, retaddr);
     /* KVM's emulator: whatever cannot be touched is a device page (ABI.md 0.9) */
     tlb_set_page_x86_64(cs, addr & AK_PAGE_MASK, AK_MMIO_WINDOW_BASE + t.gpa, access == AK_WRITE ? 2 : 1, mmu_idx, 1);
     return 1;

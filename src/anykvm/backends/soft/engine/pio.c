@@ -75,8 +75,9 @@ static void __attribute__((noreturn)) pio_exit(struct ak_vcpu *v, u32 port, u32 
     v->exit.size = size;
     v->exit.count = 1;
     v->exit.is_write = !in;
-    memset(pio_data(v), 0, size); /* an answer that is not given is 0 */
-    if (!in)
+    if (in)
+        memset(pio_data(v), 0, size); /* an answer that is not given is 0 */
+    else
         memcpy(pio_data(v), &data, size);
     v->completion = AK_COMPLETE_PIO;
     ak_leave(v, AK_EXIT_IO, 0);
