@@ -47,7 +47,7 @@ def state() -> tuple[object, object, object]:
 )
 def test_a_signal_that_comes_before_kvm_run_is_not_lost(vcpu: Vcpu, number: signal.Signals, error: type[BaseException]):
     before = state()
-    with pytest.raises(error), watched(vcpu):
+    with pytest.raises(error), watched(vcpu, 60):
         os.kill(os.getpid(), number)  # blocked here: pending when KVM_RUN begins
         run_forever(vcpu)
     assert state() == before
@@ -70,6 +70,20 @@ def test_a_limit_that_is_not_reached_leaves_nothing(vcpu: Vcpu):
         assert drive(vcpu, Console(lambda data: None)) == Hlt()
         raise_pending()  # nothing came
     assert state() == before
+
+
+def test_an_alarm_of_someone_else_is_left_alone(vcpu: Vcpu):
+    real_mode(vcpu, 0x2000)
+    old = signal.setitimer(signal.ITIMER_REAL, 50)
+    try:
+        with watched(vcpu):
+            assert signal.SIGALRM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            drive(vcpu, Console(lambda data: None))
+        with watched(vcpu, 5):
+            assert signal.getitimer(signal.ITIMER_REAL)[0] <= 5
+        assert 40 < signal.getitimer(signal.ITIMER_REAL)[0] <= 50
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *old)
 
 
 def test_an_error_wins_over_a_signal(vcpu: Vcpu):
