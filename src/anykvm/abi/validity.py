@@ -27,4 +27,4 @@ def memory_fault_valid(errno: int, exit_reason: int) -> bool:
     >>> memory_fault_valid(14, 39), memory_fault_valid(4, 39), memory_fault_valid(14, 0)
     (True, False, False)
     """
-    return errno in MEMORY_FAULT_ERRNOS and exit_reason == KVM_EXIT_MEMORY_FAULT
+    return exit_reason == KVM_EXIT_MEMORY_FAULT and errno in MEMORY_FAULT_ERRNOS

@@ -21,11 +21,13 @@ UNION: Final = 32
 """Offset of the exit union in kvm_run."""
 UNION_SIZE: Final = 256
 
+_new: Final = object.__new__
 EXIT_REASON: Final = Struct("<8xI").unpack_from
 # exit_reason, and for KVM_EXIT_IO {direction, size, port, count, data_offset}: one unpacking for the hot path.
 REASON_AND_IO: Final = Struct("<8xI20xBBHIQ").unpack_from
 _MMIO: Final = Struct("<Q8sIB").unpack_from
-_MEMORY_FAULT: Final = Struct("<QQQ").unpack_from
+# exit_reason and memory_fault {flags, gpa, size}, for the same reason.
+_REASON_AND_FAULT: Final = Struct("<8xI20xQQQ").unpack_from
 _FAIL_ENTRY: Final = Struct("<QI").unpack_from
 _DEBUG: Final = Struct("<I4xQQQ").unpack_from
 _COUNTED: Final = Struct("<II16Q").unpack_from
@@ -124,6 +126,19 @@ def decode_unknown(page: memoryview, reason: int) -> Exit:
     return Unknown(reason, bytes(page[UNION : UNION + UNION_SIZE]))
 
 
+def decode_fault(page: memoryview, errno: int) -> MemoryFault | None:
+    """Make the memory fault of a KVM_RUN that failed with ``errno``, if the validity rule holds."""
+    reason, flags, gpa, size = _REASON_AND_FAULT(page)
+    if not memory_fault_valid(errno, reason):
+        return None
+    fault = _new(MemoryFault)
+    fault.gpa = gpa
+    fault.size = size
+    fault.flags = flags
+    fault.errno = errno
+    return fault
+
+
 def decode_failure(page: memoryview, errno: int) -> Exit | None:
     """Make the exit of a KVM_RUN that failed with ``errno``, or None when the failure is an error and no exit.
 
@@ -133,9 +148,6 @@ def decode_failure(page: memoryview, errno: int) -> Exit | None:
     >>> decode_failure(page, 14) is None  # a bare EFAULT says nothing about memory_fault
     True
     """
-    if errno == _errno.EINTR:
-        return Intr(EXIT_REASON(page)[0])
-    if errno in MEMORY_FAULT_ERRNOS and memory_fault_valid(errno, EXIT_REASON(page)[0]):
-        flags, gpa, size = _MEMORY_FAULT(page, UNION)
-        return MemoryFault(gpa, size, flags, errno)
-    return None
+    if errno in MEMORY_FAULT_ERRNOS:
+        return decode_fault(page, errno)
+    return Intr(EXIT_REASON(page)[0]) if errno == _errno.EINTR else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from anykvm.abi import constants as c
 from anykvm.abi.ioctls import KVM_RUN
 from anykvm.abi.structures import kvm_run
-from anykvm.api.decode import DECODERS, REASON_AND_IO, decode_failure, decode_unknown
+from anykvm.api.decode import DECODERS, REASON_AND_IO, decode_failure, decode_fault, decode_unknown
 from anykvm.api.exits import Exit, Io
 from anykvm.api.handle import explain
 from anykvm.api.pages import map_pages
@@ -24,6 +24,7 @@ _PAGE: Final = 4096
 _new: Final = object.__new__
 _BYTES: Final = tuple(bytes((value,)) for value in range(256))
 _EXIT_IO: Final = c.KVM_EXIT_IO
+_EFAULT: Final = _errno.EFAULT
 
 
 class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
@@ -75,6 +76,8 @@ class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
         try:
             self._run_ioctl(self._fd, KVM_RUN, 0)
         except OSError as error:
+            if error.errno == _EFAULT and (fault := decode_fault(self._page, _EFAULT)):
+                return fault
             return self._failed(error)
         page = self._page
         reason, direction, size, port, count, offset = REASON_AND_IO(page)

@@ -22,7 +22,6 @@ _U32: Final = 0xFFFFFFFF
 _U64: Final = 0xFFFFFFFFFFFFFFFF
 _PAGE_SIZE: Final = 4096
 _KVM_RUN: Final = KVM_RUN
-_run_messages: Final[dict[int, str]] = {}
 _running: Final = FILES.running
 
 
@@ -68,10 +67,7 @@ class SoftBackend:
         if request == _KVM_RUN:
             vcpu = _running.get(fd)
             if vcpu is not None:
-                result = kvm_run(vcpu, arg)
-                if result < 0:
-                    raise _run_error(-result)
-                return result
+                return kvm_run(vcpu, arg)
         return self._ioctl(fd, request & _U32, arg & _U64)
 
     def _ioctl(self, fd: int, request: int, arg: int) -> int:
@@ -111,10 +107,3 @@ class SoftBackend:
             FILES.close(fd)
         except Refused as refused:
             raise OSError(refused.errno, os.strerror(refused.errno)) from None
-
-
-def _run_error(code: int) -> OSError:
-    message = _run_messages.get(code)
-    if message is None:
-        message = _run_messages[code] = f"KVM_RUN: {os.strerror(code)}"
-    return OSError(code, message)

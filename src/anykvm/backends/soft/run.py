@@ -17,6 +17,8 @@ page tables), 32, 33 (halt in the kernel).
 
 from __future__ import annotations
 
+import os
+
 import cython
 
 if cython.compiled:
@@ -172,11 +174,16 @@ def page_fault_error(vcpu: native.vcpu_p) -> cython.int:
     return vcpu.exit.err
 
 
+MESSAGES = {code: f"KVM_RUN: {os.strerror(code)}" for code in range(1, 134)}
+
+
 def kvm_run(address: int, arg: int) -> int:
-    """KVM_RUN on the vCPU at ``address`` (struct ak_vcpu). 0, or a negative errno. The GIL is released."""
+    """KVM_RUN on the vCPU at ``address`` (struct ak_vcpu): 0, or OSError with the errno. The GIL is released."""
     r: cython.int
     vcpu: native.vcpu_p = native.vcpu_at(address)
     nonzero: cython.int = 1 if arg else 0
     with cython.nogil:
         r = kvm_vcpu_ioctl_run(vcpu, nonzero)
-    return r
+    if r < 0:
+        raise OSError(-r, MESSAGES[-r])
+    return 0

@@ -8,8 +8,9 @@
 #define CODE_PAGES_COMPARED 16 /* on entry; with more, translations are looked up anew and compared when met */
 
 struct code_page {
-    u64 hva;   /* 0: free */
+    u64 hva;         /* 0: free */
     u8 *copy;
+    u32 first, last; /* the bytes that were translated: [first, last) */
 };
 
 static u32 hash(const struct ak_vcpu *v, u64 hva)
@@ -68,7 +69,9 @@ void tlb_protect_code_x86_64(struct uc_struct *uc, u64 ram_addr)
         return;
     if (v->code_count * 2 >= v->code_room && !grow(v))
         return;
-    struct code_page page = {.hva = hva, .copy = malloc(AK_PAGE_SIZE)};
+    struct code_page page = {.hva = hva, .copy = malloc(AK_PAGE_SIZE), .last = AK_PAGE_SIZE};
+    if (v->span_hva == hva)
+        page.first = v->span_first, page.last = v->span_last;
     if (page.copy && ak_copy_in(page.copy, hva, AK_PAGE_SIZE)) {
         free(page.copy);
         page.copy = NULL;
@@ -127,7 +130,34 @@ void tlb_set_dirty_x86_64(struct CPUState *cpu, u64 va)
 
 static bool unchanged(const struct code_page *p)
 {
-    return p->copy && ak_host_equal(p->hva, p->copy, AK_PAGE_SIZE);
+    return p->copy && ak_host_equal(p->hva + p->first, p->copy + p->first, p->last - p->first);
+}
+
+static void widen(struct code_page *p, u32 first, u32 last)
+{
+    p->first = first < p->first ? first : p->first;
+    p->last = last > p->last ? last : p->last;
+}
+
+/* A block was translated from these bytes of a page; it is linked to the page next, or the page is known already. */
+void ak_code_span(struct ak_vcpu *v, u64 hva, u32 size)
+{
+    u32 first = (u32)(hva & ~AK_PAGE_MASK), last = first + size < AK_PAGE_SIZE ? first + size : AK_PAGE_SIZE;
+    v->span_hva = hva & AK_PAGE_MASK;
+    struct code_page *p = find(v, v->span_hva);
+    if (!p) {
+        v->span_first = first, v->span_last = last;
+        return;
+    }
+    widen(p, first, last);
+}
+
+/* The same block goes on at the start of this page. */
+void ak_code_span_rest(struct ak_vcpu *v, u64 hva, u32 size)
+{
+    struct code_page *p = find(v, hva & AK_PAGE_MASK);
+    if (p)
+        widen(p, 0, size);
 }
 
 static void invalidate(struct ak_vcpu *v, u64 hva)
@@ -145,9 +175,12 @@ void ak_check_code(struct ak_vcpu *v)
     }
     u64 stale[CODE_PAGES_COMPARED];
     u32 n = 0;
-    for (u32 i = 0; i < v->code_room; i++)
-        if (table(v)[i].hva && !unchanged(&table(v)[i]))
-            stale[n++] = table(v)[i].hva;
+    for (u32 i = 0, left = v->code_count; left; i++)
+        if (table(v)[i].hva) {
+            left--;
+            if (!unchanged(&table(v)[i]))
+                stale[n++] = table(v)[i].hva;
+        }
     while (n)
         invalidate(v, stale[--n]);
 }

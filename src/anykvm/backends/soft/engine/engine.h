@@ -122,7 +122,7 @@ struct ak_vm {
 struct ak_event {
     u8 injected, vector, has_error, nmi_pending;
     u32 error_code;
-    u8 irq_injected, irq_vector, nmi_injected, nmi_masked;
+    u8 irq_injected, irq_vector, nmi_injected;
     u8 pending; /* exception.pending: queued and never tried; KVM_SET_REGS forgets it, not an injected one */
 };
 
@@ -163,7 +163,7 @@ struct ak_vcpu {
     u32 id;
     u64 cr8;                  /* userspace irqchip: the task priority */
     u64 sigmask;              /* KVM_SET_SIGNAL_MASK */
-    sigset_t outer_mask, active_mask;
+    u64 outer_mask, active_mask;
     volatile u32 in_guest;
     volatile u64 entries, tick_entries;
     struct uc_struct *uc;
@@ -194,6 +194,8 @@ struct ak_vcpu {
     u32 pio_len, pio_size, pio_count, pio_in;
     u64 *code_pages;          /* set of host pages with translated code (open addressing) */
     u32 code_count, code_room;
+    u64 span_hva;             /* the block translated last: its page and bytes */
+    u32 span_first, span_last;
     uintptr_t frame;          /* of ak_enter */
     void *uc_hook;
     u64 fills, faults;        /* statistics */
@@ -328,5 +330,7 @@ void ak_update_hflags(struct ak_vcpu *v);
 
 /* translate.c, coherence.c */
 void ak_check_code(struct ak_vcpu *v);
+void ak_code_span(struct ak_vcpu *v, u64 hva, u32 size);
+void ak_code_span_rest(struct ak_vcpu *v, u64 hva, u32 size);
 void ak_check_code_page(struct ak_vcpu *v, u64 hva);
 void ak_code_pages_free(struct ak_vcpu *v);

@@ -95,6 +95,7 @@ extern void tlb_flush_x86_64(struct CPUState *cpu);
 extern void tlb_flush_page_x86_64(struct CPUState *cpu, u64 va);
 extern void tlb_set_page_x86_64(struct CPUState *, u64 va, u64 pa, int prot, int mmu_idx, u64 size);
 extern void tlb_reset_dirty_x86_64(struct CPUState *cpu, u64 start, u64 length);
+extern u64 get_page_addr_code_x86_64(struct CPUX86State *env, u64 va);
 extern void tb_flush_x86_64(struct CPUState *cpu);
 extern void tb_invalidate_phys_range_x86_64(struct uc_struct *uc, u64 start, u64 end);
 extern void cpu_x86_update_cr0_x86_64(struct CPUX86State *env, u32 cr0);

@@ -142,8 +142,7 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     }
     if (v->single_step_sse)
         taken = ak_sse_boundary(v);
-    if (v->event.nmi_pending && !v->event.nmi_masked && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
-        v->event.nmi_masked = 1;
+    if (v->event.nmi_pending && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
         v->event.nmi_injected = 1;
         v->env->hflags2 |= HF2_NMI_MASK;
         deliver(v, deliver_nmi);

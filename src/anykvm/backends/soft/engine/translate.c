@@ -154,6 +154,11 @@ void __wrap_gen_intermediate_code_x86_64(struct CPUState *cpu, struct Translatio
     tb->cflags &= ~parallel; /* look-ups compare with the flags asked for */
     tcg->tb_cflags &= ~parallel;
     v->translating = 0;
+    ak_code_span(v, get_page_addr_code_x86_64(v->env, tb->pc) + AK_HOST_WINDOW_BASE, tb->size);
+    u64 end = tb->pc + tb->size;
+    if (tb->size && ((end - 1) ^ tb->pc) & AK_PAGE_MASK)
+        ak_code_span_rest(v, get_page_addr_code_x86_64(v->env, (end - 1) & AK_PAGE_MASK) + AK_HOST_WINDOW_BASE,
+                          (u32)(end & ~AK_PAGE_MASK));
 }
 
 /* Emulation and stepping end with their instruction: no jump from one block straight into the next. */

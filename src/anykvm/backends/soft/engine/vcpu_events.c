@@ -23,7 +23,7 @@ void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
     e->interrupt.shadow = v->env->hflags & HF_INHIBIT_IRQ_MASK ? KVM_X86_SHADOW_INT_STI : 0;
     e->nmi.injected = v->event.nmi_injected;
     e->nmi.pending = v->event.nmi_pending;
-    e->nmi.masked = v->event.nmi_masked;
+    e->nmi.masked = !!(v->env->hflags2 & HF2_NMI_MASK);
     e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
 }
 
@@ -48,6 +48,6 @@ int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *e)
     v->event.nmi_injected = e->nmi.injected;
     if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
         v->event.nmi_pending = e->nmi.pending;
-    v->event.nmi_masked = e->nmi.masked;
+    v->env->hflags2 = (v->env->hflags2 & ~HF2_NMI_MASK) | (e->nmi.masked ? HF2_NMI_MASK : 0); /* IRET clears it */
     return 0;
 }
