@@ -34,7 +34,9 @@ def pio() -> Result:
     if probe_device().usable:
         peers["/dev/kvm"] = measure.pio_exit("device", 10_000)
     ok = value <= 1.5 and peers["Unicorn's Python binding"] / value >= 6
-    return Result("PIO exit round trip, vcpu.run() in Python", value, "us", "<= 1.5 and 6x faster than the binding", ok, peers)
+    return Result(
+        "PIO exit round trip, vcpu.run() in Python", value, "us", "<= 1.5 and 6x faster than the binding", ok, peers
+    )
 
 
 def fault() -> Result:
@@ -46,12 +48,16 @@ def fault() -> Result:
 def paging() -> Result:
     value, plain = measure.demand_paging(), measure.plain_c_touch()
     ok = value >= 300_000 and value >= 0.5 * plain
-    return Result("demand paging of fresh memory", value, "pages/s", ">= 300000 and >= 0.5x plain C", ok, {"plain C loop": plain})
+    return Result(
+        "demand paging of fresh memory", value, "pages/s", ">= 300000 and >= 0.5x plain C", ok, {"plain C loop": plain}
+    )
 
 
 def code() -> Result:
     value, stock = measure.guest_code(), measure.stock_guest_code()
-    return Result("guest code speed", value, "M insn/s", ">= 0.9x raw Unicorn", value >= 0.9 * stock, {"raw Unicorn": stock})
+    return Result(
+        "guest code speed", value, "M insn/s", ">= 0.9x raw Unicorn", value >= 0.9 * stock, {"raw Unicorn": stock}
+    )
 
 
 def start() -> Result:
@@ -69,7 +75,9 @@ def main() -> None:
     for benchmark in BENCHMARKS:
         with console.status(f"measuring: {benchmark.__name__}"):
             results.append(benchmark())
-    table = Table(title=f"anykvm, soft backend; {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}")
+    table = Table(
+        title=f"anykvm, soft backend; {platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
+    )
     for heading in ("what", "anykvm", "bar", "ok", "peers, same run"):
         table.add_column(heading, justify="right" if heading == "anykvm" else "left")
     for r in results:

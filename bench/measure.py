@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import mmap
 import subprocess
 import sys
@@ -62,11 +63,14 @@ def pio_exit(backend: str, count: int) -> float:
         return result
 
 
+def _stock() -> tuple[Any, Any]:
+    """Unicorn's own binding: a peer, and without types."""
+    return importlib.import_module("unicorn"), importlib.import_module("unicorn.x86_const")
+
+
 def stock_pio_exit(count: int) -> float:
     """The same loop on Unicorn's own binding: a hook on OUT that stops, and starting again behind it."""
-    import unicorn
-    from unicorn import x86_const
-
+    unicorn, x86_const = _stock()
     uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
     uc.mem_map(0, LOW)
     uc.mem_write(CODE, OUT_LOOP)
@@ -186,9 +190,7 @@ def guest_code(count: int = 20000) -> float:
 
 def stock_guest_code(count: int = 20000) -> float:
     """The same code on raw Unicorn (data and code mapped apart, data not executable: its fast case)."""
-    import unicorn
-    from unicorn import x86_const
-
+    unicorn, x86_const = _stock()
     uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
     uc.mem_map(CODE, 0x10000)
     uc.mem_map(TABLE, 0x10000, unicorn.UC_PROT_READ | unicorn.UC_PROT_WRITE)
@@ -214,7 +216,7 @@ with anykvm.open("soft") as kvm, anykvm.GuestMemory(1 << 20) as memory:
 
 
 def first_exit() -> float:
-    """Seconds of a whole process: start Python, import anykvm, create a VM, first exit; bare Python's start taken off."""
+    """Seconds of a process that imports anykvm, creates a VM and gets its first exit; bare Python's start taken off."""
 
     def process(code: str) -> float:
         start = time.perf_counter()

@@ -7,7 +7,6 @@ import errno
 from collections.abc import Callable
 
 import pytest
-from fakes import FakeBackend
 
 import anykvm
 from anykvm import (
@@ -27,6 +26,7 @@ from anykvm import (
     abi,
 )
 from anykvm.api.decode import DECODERS, decode_failure
+from fakes import FakeBackend
 
 EFAULT, EHWPOISON = errno.EFAULT, abi.EHWPOISON
 

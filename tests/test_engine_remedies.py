@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from machine import CODE, DATA, Machine, assemble
 
 import anykvm
 from anykvm import GuestMemory, Hlt, Intr
+from machine import CODE, DATA, Machine, assemble
 
 unicorn = pytest.importorskip("unicorn", reason="the stock engine to compare with (pip install unicorn==2.1.4)")
 from unicorn import x86_const as x86  # noqa: E402
@@ -216,7 +216,7 @@ def stock_with_pointer() -> int:
 
 
 def test_code_changed_by_the_guest_through_another_mapping(machine: Machine) -> None:
-    """The same page at a second, non-executable address (as Linux's direct map): ENGINE facts 14."""
+    """The same page at a second, non-executable address (as Linux's direct map)."""
     machine.long_mode(
         """mov $0x40000000, %rdi
         xor %edx, %edx
@@ -239,7 +239,9 @@ def test_code_changed_by_the_guest_through_another_mapping(machine: Machine) -> 
 
 
 def test_self_modifying_code_in_the_next_instruction(machine: Machine) -> None:
-    machine.long_mode("xor %edx, %edx; mov $5, %ecx; 1: movb %cl, 2f+1; 2: mov $0, %ebx; add %ebx, %edx; dec %ecx; jnz 1b; hlt")
+    machine.long_mode(
+        "xor %edx, %edx; mov $5, %ecx; 1: movb %cl, 2f+1; 2: mov $0, %ebx; add %ebx, %edx; dec %ecx; jnz 1b; hlt"
+    )
     machine.run_to_halt()
     assert machine.vcpu.get_regs().rdx == 15
 

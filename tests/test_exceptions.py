@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from machine import CODE, DATA, GDT, HANDLERS, IST1, RSP0, STACK, Machine, assemble, segment
 
 import anykvm
 from anykvm import Shutdown
+from machine import CODE, DATA, GDT, HANDLERS, IST1, RSP0, STACK, Machine, assemble, segment
 
 NONCANONICAL = "mov $0x800000000000, %rax; "
 
@@ -219,7 +219,7 @@ def test_sysenter_in_protected_mode(machine: Machine) -> None:
 
 
 def test_events_survive_a_failed_delivery(machine: Machine) -> None:
-    """ud2 with an IDT nobody can read: the exception stays injected; INT n goes back to its instruction (ORACLE 6.4)."""
+    """ud2 with an IDT nobody can read: the exception stays injected; INT n goes back to its instruction."""
     for source, injected in (("nop; ud2", True), ("nop; int3", False)):
         machine.long_mode(source)
         machine.memory.protect(0x5000, 4096, 0)

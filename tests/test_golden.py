@@ -16,9 +16,7 @@ from conftest import probe
 
 PROFILE: Final = "linux-7.3"
 GOLDEN: Final = golden("linux-7.3-npt")
-SCOPE: Final[dict[str, dict[str, Any]]] = tomllib.loads(
-    Path(__file__).with_name("golden_scope.toml").read_text()
-)
+SCOPE: Final[dict[str, dict[str, Any]]] = tomllib.loads(Path(__file__).with_name("golden_scope.toml").read_text())
 COMPARED: Final = [name for name, entry in SCOPE.items() if entry["status"] == "compared"]
 NOT_YET: Final = [name for name, entry in SCOPE.items() if entry["status"] == "not yet"]
 EXCEPTIONS: Final = [

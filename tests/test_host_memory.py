@@ -11,10 +11,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from machine import CODE, DATA, Machine, assemble
 
 import anykvm
 from anykvm import GuestMemory, MemoryFault
+from machine import CODE, DATA, Machine, assemble
 
 PAGE = 4096
 RW, RO, NONE = 3, 1, 0
@@ -69,7 +69,9 @@ def test_every_kind_of_access_faults_precisely(machine: Machine, name: str, how:
     machine.long_mode(f"{setup}; {ACCESSES[name]}; hlt")
     machine.memory.write(0x61000, assemble("hlt", 0x61000))
     content = machine.memory.read(0x61000, PAGE)
-    before = CODE + len(assemble(f"{setup}; {ACCESSES[name]}")) - len(assemble(f"{last}; 1:" if name == "call" else last))
+    before = (
+        CODE + len(assemble(f"{setup}; {ACCESSES[name]}")) - len(assemble(f"{last}; 1:" if name == "call" else last))
+    )
     if how == "protected":
         machine.memory.protect(0x61000, PAGE, NONE)
     else:

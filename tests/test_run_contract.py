@@ -10,10 +10,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from machine import CODE, DATA, Machine, assemble
 
 import anykvm
 from anykvm import Hlt, InternalError, Intr, Io, IrqWindowOpen, MemoryFault, Mmio, Shutdown, abi
+from machine import CODE, DATA, Machine, assemble
 
 RUN = abi.KVM_RUN
 DEVICE = 0x1000000  # no memslot there
@@ -365,9 +365,14 @@ def test_kick_from_another_thread_is_never_lost(machine: Machine, alarm: None) -
     """immediate_exit and a signal, as VMMs kick: whenever it comes, KVM_RUN ends."""
     machine.long_mode("1: jmp 1b")
     main = threading.get_ident()
+
+    def kick() -> None:
+        machine.vcpu.immediate_exit = True
+        signal.pthread_kill(main, signal.SIGALRM)
+
     for _ in range(50):
         machine.vcpu.immediate_exit = False
-        kicker = threading.Thread(target=lambda: (setattr(machine.vcpu, "immediate_exit", True), signal.pthread_kill(main, signal.SIGALRM)))
+        kicker = threading.Thread(target=kick)
         kicker.start()
         assert isinstance(machine.vcpu.run(), Intr)
         kicker.join()

@@ -229,9 +229,9 @@ def render(at: dict[str, int]) -> str:
         f"char pad[{at['FLOAT_STATUS_FLAGS']}]; uint8_t exception_flags; }}; }}; }};",
         "union IcountDecr { uint32_t u32; struct { uint16_t low, high; } u16; };",
     ]
-    checks = [f"_Static_assert(sizeof({n}) == {at[str(i)]}, \"{n}\");" for i, (n, _) in enumerate(SIZES[:4])]
+    checks = [f'_Static_assert(sizeof({n}) == {at[str(i)]}, "{n}");' for i, (n, _) in enumerate(SIZES[:4])]
     checks += [
-        f"_Static_assert(offsetof(struct SegmentCache, {f}) == {at['SEG_' + f.upper()]}, \"segment {f}\");"
+        f'_Static_assert(offsetof(struct SegmentCache, {f}) == {at["SEG_" + f.upper()]}, "segment {f}");'
         for f in ("selector", "base", "limit", "flags")
     ]
     out += checks
@@ -250,6 +250,7 @@ def render(at: dict[str, int]) -> str:
 
 
 def main() -> int:
+    """Command line entry."""
     if len(sys.argv) != 3:
         print(__doc__, file=sys.stderr)
         return 2

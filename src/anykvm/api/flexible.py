@@ -79,8 +79,6 @@ def write_msrs(handle: Handle, values: Mapping[int, int]) -> int:
     """Do KVM_SET_MSRS: returns how many were set, in order, before the first that KVM refused."""
     buffer, header = flexible(kvm_msrs, kvm_msr_entry, len(values))
     header.nmsrs = len(values)
-    for entry, (index, value) in zip(
-        tail(buffer, header, kvm_msr_entry, len(values)), values.items(), strict=True
-    ):
+    for entry, (index, value) in zip(tail(buffer, header, kvm_msr_entry, len(values)), values.items(), strict=True):
         entry.index, entry.data = index, value
     return handle._call(n.KVM_SET_MSRS, buffer, {"nmsrs": len(values)})

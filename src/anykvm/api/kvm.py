@@ -100,5 +100,3 @@ class Kvm(Handle):
         KVM stops at the first MSR it cannot read; the result then holds those before it.
         """
         return read_msrs(self, indices)
-
-

@@ -178,5 +178,3 @@ def _why_log(errno: int) -> str | None:
     if errno == _errno.ENOENT:
         return "the slot does not exist or has no KVM_MEM_LOG_DIRTY_PAGES"
     return "a dirty ring is used instead" if errno == _errno.ENXIO else None
-
-

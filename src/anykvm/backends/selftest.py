@@ -9,7 +9,7 @@ from typing import Final
 from anykvm import abi
 from anykvm.backends.base import Backend
 
-_CODE: Final = bytes.fromhex("b05a" "e6f1" "f4")  # mov al,0x5a; out 0xf1,al; hlt
+_CODE: Final = bytes.fromhex("b05ae6f1f4")  # mov al,0x5a; out 0xf1,al; hlt
 _PAGE: Final = 4096
 
 

@@ -55,9 +55,7 @@ def compare_scenario(
             continue
         differences += _fields(name, key, record, found[key], left_out)
     differences += [
-        Difference(name, _label(key), "", MISSING, _short(record))
-        for key, record in found.items()
-        if key not in wanted
+        Difference(name, _label(key), "", MISSING, _short(record)) for key, record in found.items() if key not in wanted
     ]
     order = [key for key in found if key in wanted]
     if not differences and order != list(wanted):
@@ -77,9 +75,7 @@ def _steps(records: Iterable[Record], left_out: set[tuple[str, str]]) -> dict[Ke
     return steps
 
 
-def _fields(
-    name: str, key: Key, expected: Record, got: Record, left_out: set[tuple[str, str]]
-) -> list[Difference]:
+def _fields(name: str, key: Key, expected: Record, got: Record, left_out: set[tuple[str, str]]) -> list[Difference]:
     step = key[0]
     mine, theirs = _flat(_without_vendor(got)), _flat(_without_vendor(expected))
     differences: list[Difference] = []

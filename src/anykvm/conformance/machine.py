@@ -172,4 +172,3 @@ def capability(check: Callable[[int], int], number: int) -> int:
 
 def _address(host: Host | int) -> int:
     return host if isinstance(host, int) else host.address
-

@@ -143,9 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     lines = [
         json.dumps(entry) + "\n"
-        for entry in record(
-            chosen, lambda: make_backend(options.backend, options.profile), started, options.timeout
-        )
+        for entry in record(chosen, lambda: make_backend(options.backend, options.profile), started, options.timeout)
     ]
     lines.append(json.dumps({"n": END}) + "\n")
     if options.output:

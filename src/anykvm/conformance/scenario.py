@@ -63,9 +63,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {}
 """Every scenario by name, in the order of their modules; filled by ``load``."""
 
 
-def scenario(
-    name: str, *, area: str, needs: tuple[str, ...] = (), timeout: float = 20.0
-) -> Callable[[Body], Body]:
+def scenario(name: str, *, area: str, needs: tuple[str, ...] = (), timeout: float = 20.0) -> Callable[[Body], Body]:
     """Register a function as a scenario.
 
     Raises ValueError for a name that is taken, or a need that is not in ``NEEDS``.

@@ -58,9 +58,7 @@ def gmem_args(lab: Lab) -> None:
 def _bind(lab: Lab, m: Machine, host: Host, gmem: int, foreign: int) -> None:
     size, hva, high = 4 * PAGE, host.address, TEST + 0x100000
 
-    def bind(
-        step: str, slot: int, gpa: int, size: int, hva: int, flags: int, fd: int = gmem, offset: int = 0
-    ) -> None:
+    def bind(step: str, slot: int, gpa: int, size: int, hva: int, flags: int, fd: int = gmem, offset: int = 0) -> None:
         lab.step(step, m.slot2(slot, gpa, size, hva, flags, fd, offset))
 
     lab.step("mmap_private_gmem", _mapped(gmem))
@@ -100,9 +98,7 @@ def _file(lab: Lab, gmem: int) -> None:
     for step, call in calls:
         lab.step(step, call)
     status = os.fstat(gmem)
-    lab.step(
-        "fstat", lambda: 0, size=status.st_size, mode=f"0{status.st_mode:o}", blocks=status.st_blocks
-    )
+    lab.step("fstat", lambda: 0, size=status.st_size, mode=f"0{status.st_mode:o}", blocks=status.st_blocks)
     lab.step("lseek_end", lambda: os.lseek(gmem, 0, os.SEEK_END))
 
 

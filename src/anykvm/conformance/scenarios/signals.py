@@ -34,9 +34,7 @@ def signals(lab: Lab) -> None:
     lab.step("SET_SIGNAL_MASK_empty", _set_mask(m, 8))
     m.at(code.OUT_OUT)
     m.run("pending_and_open_in_kvm_mask")
-    lab.note(
-        "after", still_pending=int(signal.SIGUSR1 in signal.sigpending()), handler_ran=lab.signals.users
-    )
+    lab.note("after", still_pending=int(signal.SIGUSR1 in signal.sigpending()), handler_ran=lab.signals.users)
     m.run("again")
     m.slot(1, TEST, PAGE, inaccessible(PAGE))
     m.at(code.WRITE8, TEST)

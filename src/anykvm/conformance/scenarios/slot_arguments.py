@@ -41,9 +41,7 @@ def memslot_args(lab: Lab) -> None:
         lab.step("irqchip_vm_apic_base_slot", other.slot(12, 0xFEE00000, PAGE, host))
 
 
-def _try(
-    lab: Lab, m: Machine, step: str, slot: int, gpa: int, size: int, host: Host | int, flags: int = 0
-) -> None:
+def _try(lab: Lab, m: Machine, step: str, slot: int, gpa: int, size: int, host: Host | int, flags: int = 0) -> None:
     """Make a slot and delete it again."""
     outcome = lab.step(step, m.slot(slot, gpa, size, host, flags))
     if not outcome.failed and size:
@@ -142,4 +140,3 @@ def _pointers_and_second_form(lab: Lab, m: Machine, host: Host) -> None:
     padded = kvm_userspace_memory_region2(14, 0, TEST + 0x3201000, PAGE, host.address)
     padded.pad2[3] = 1
     lab.step("ioctl2_pad2_nonzero", lambda: m.vm.ioctl(n.KVM_SET_USER_MEMORY_REGION2, padded))
-

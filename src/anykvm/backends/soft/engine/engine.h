@@ -1,6 +1,6 @@
 /* The soft backend's vCPU: what the contract (run.py) and the adapter share.
  *
- * The adapter is C because Unicorn's internal functions must be replaced (ENGINE facts: stores executed twice, lost
+ * The adapter is C because Unicorn's internal functions must be replaced (stock faults: stores executed twice, lost
  * stops, no SYSCALL, ...) and because a TLB fill must not enter Python. One subject per file:
  *   engine.c      create, enter, kick, self-test        mmu.c       guest page tables (first stage)
  *   fault.c       memslots and host pages (second)      host.c      guarded access, SIGSEGV/SIGBUS

@@ -1,6 +1,6 @@
 /* Exceptions and interrupts, delivered by the engine's own code through the guest's IDT. An event whose delivery meets
  * an unresolvable fault stays injected over the KVM_RUN that failed and is delivered by the next one; a software
- * interrupt goes back to its instruction instead (ORACLE: int3 and ud2 with an unbacked IDT). */
+ * interrupt goes back to its instruction instead. */
 #include "engine_internal.h"
 
 static bool has_error_code(u32 vector)

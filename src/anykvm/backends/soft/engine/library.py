@@ -62,7 +62,8 @@ _loading: Final = threading.Lock()
 def library() -> ctypes.CDLL:
     """Load the engine, once, and declare its functions.
 
-    Raises ImportError when it is not there, does not load or fails its self-test; OSError when its signal handlers cannot be installed.
+    Raises ImportError when it is not there, does not load or fails its self-test; OSError when its signal handlers
+    cannot be installed.
     """
     global _loaded
     if _loaded is None:

@@ -1,7 +1,7 @@
 /* What is translated differently from the stock engine:
  *  - locked instructions are atomic between threads (CF_PARALLEL), except alone in emulation;
  *  - a stop is honoured only where a block begins (check_exit_request after each load and store would roll back an
- *    instruction whose store is done: ENGINE facts, section 4);
+ *    instruction whose store is done);
  *  - INS/OUTS, and VEX instructions the engine would run as SSE, are shown to the decoder as an undefined opcode;
  *  - 16-byte alignment of SSE operands (#GP) and, at CPL 3 with CR0.AM and EFLAGS.AC, natural alignment (#AC). */
 #include "engine_internal.h"
