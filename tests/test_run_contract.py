@@ -430,3 +430,46 @@ def test_dead_vm(machine: Machine) -> None:
     assert raw(machine) == errno.EIO
     timer.join()
     assert raw(machine) == errno.EIO
+
+
+@pytest.fixture
+def sigbus() -> Iterator[list[int]]:
+    """SIGBUS's handler counts."""
+    seen: list[int] = []
+    old = signal.signal(signal.SIGBUS, lambda number, frame: seen.append(number))
+    yield seen
+    signal.signal(signal.SIGBUS, old)
+
+
+def poisoned(machine: Machine, gpa: int, state: bool) -> None:
+    from anykvm.backends.soft.engine.library import library
+    from anykvm.backends.soft.files import FILES
+    from anykvm.backends.soft.vm import VmFile
+
+    file = FILES.get(machine.vm.fileno())
+    assert isinstance(file, VmFile)
+    assert library().ak_poison(file.vm.address, machine.memory.address + gpa, state) == 0
+
+
+def test_poisoned_page_is_sigbus_and_eintr(machine: Machine, sigbus: list[int]) -> None:
+    """kvm_send_hwpoison_signal(): never EHWPOISON for ordinary memory."""
+    machine.long_mode("mov $0x60000, %rax; mov (%rax), %rbx; hlt")
+    poisoned(machine, DATA, True)
+    poison(machine)
+    assert machine.vcpu.run() == Intr(abi.KVM_EXIT_INTR)
+    assert sigbus == [signal.SIGBUS]
+    poisoned(machine, DATA, False)
+    machine.run_to_halt()
+
+
+def test_poisoned_page_with_sigbus_blocked_retries_until_another_signal(machine: Machine, alarm: None) -> None:
+    machine.long_mode("mov $0x60000, %rax; mov (%rax), %rbx; hlt")
+    poisoned(machine, DATA, True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGBUS})
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        assert machine.vcpu.run() == Intr(abi.KVM_EXIT_INTR)
+        assert signal.SIGBUS in signal.sigpending()
+        assert signal.sigwait({signal.SIGBUS}) == signal.SIGBUS
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGBUS})

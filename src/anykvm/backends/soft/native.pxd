@@ -50,7 +50,7 @@ cdef extern from "engine.h" nogil:
         AK_EXIT_DELIVERY
         AK_EXIT_IRQ_WINDOW
         AK_EXIT_HYPERCALL
-        AK_EXIT_SIGNAL
+        AK_EXIT_HWPOISON
         AK_COMPLETE_NONE
         AK_COMPLETE_PIO
         AK_COMPLETE_STRING_IN
@@ -77,6 +77,7 @@ cdef extern from "engine.h" nogil:
     void ak_complete_pio(ak_vcpu *v)
     bint ak_next_fragment(ak_vcpu *v)
     void ak_answer_read(ak_vcpu *v)
+    bint ak_send_hwpoison_signal(ak_vcpu *v)
 
 ctypedef ak_vcpu *vcpu_p
 

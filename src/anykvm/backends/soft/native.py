@@ -41,7 +41,7 @@ KVM_INTERNAL_ERROR_DELIVERY_EV = abi.KVM_INTERNAL_ERROR_DELIVERY_EV
     AK_EXIT_HYPERCALL,
     AK_EXIT_DIRTY_FULL,
     AK_EXIT_ENGINE,
-    AK_EXIT_SIGNAL,
+    AK_EXIT_HWPOISON,
 ) = range(14)
 (
     AK_COMPLETE_NONE,
@@ -100,7 +100,7 @@ class Vcpu(ctypes.Structure):
 vcpu_p = Vcpu
 
 #: Functions that return a C bool: only the low byte of the result is theirs.
-PREDICATES = frozenset({"ak_signal_pending", "ak_irq_window", "ak_next_fragment"})
+PREDICATES = frozenset({"ak_signal_pending", "ak_irq_window", "ak_next_fragment", "ak_send_hwpoison_signal"})
 
 
 def vcpu_at(address: int) -> Vcpu:

@@ -21,7 +21,7 @@ import os
 
 import cython
 
-if cython.compiled:
+if cython.compiled:  # pragma: no cover
     from cython.cimports.anykvm.backends.soft import native  # type: ignore[import-not-found]
 else:
     from anykvm.backends.soft import native
@@ -152,8 +152,9 @@ def rare_exit(vcpu: native.vcpu_p, kind: cython.int) -> cython.int:
         return 0
     if kind == native.AK_EXIT_IRQ_WINDOW:
         return 1  # row 30 decides, at the loop's tail
-    if kind == native.AK_EXIT_SIGNAL:
-        return signal_exit(vcpu)  # KVM_PFN_ERR_SIGPENDING
+    if kind == native.AK_EXIT_HWPOISON:
+        # kvm_send_hwpoison_signal() and RET_PF_RETRY: EINTR if SIGBUS is deliverable, else again and again
+        return signal_exit(vcpu) if native.ak_send_hwpoison_signal(vcpu) else 1
     vcpu.run.exit_reason = native.KVM_EXIT_INTERNAL_ERROR
     if kind == native.AK_EXIT_DELIVERY:
         native.ak_exit_internal(vcpu, native.KVM_INTERNAL_ERROR_DELIVERY_EV)

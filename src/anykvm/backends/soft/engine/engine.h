@@ -53,7 +53,7 @@ enum ak_exit_kind {
     AK_EXIT_HYPERCALL,    /* VMCALL/VMMCALL */
     AK_EXIT_DIRTY_FULL,
     AK_EXIT_ENGINE,       /* the engine could not go on; err */
-    AK_EXIT_SIGNAL,       /* a signal that GUP would have been interrupted by: EINTR */
+    AK_EXIT_HWPOISON,     /* a poisoned page of ordinary memory: SIGBUS for this thread, at hva */
 };
 
 /* Why host memory could not be had (fault.c); kvm's error pfns by their own names. */
@@ -112,6 +112,8 @@ struct ak_vm {
     volatile u32 paused;      /* updaters waiting or at work: vCPUs stay out of guest mode */
     u32 in_guest;
     u32 dead;
+    u32 npoisoned;
+    u64 *poisoned;            /* host pages that count as poisoned: injected failures */
     u32 mm;                   /* which fork of the process made it */
     u64 tsc_khz, tsc_boot_ns;
     struct ak_vcpu *vcpus;
@@ -164,6 +166,7 @@ struct ak_vcpu {
     u64 cr8;                  /* userspace irqchip: the task priority */
     u64 sigmask;              /* KVM_SET_SIGNAL_MASK */
     u64 outer_mask, active_mask;
+    u64 sigbus_hva;           /* SIGBUS to send when the mask is restored */
     volatile u32 in_guest;
     volatile u64 entries, tick_entries;
     struct uc_struct *uc;
@@ -231,6 +234,7 @@ static inline struct ak_vcpu *ak_of_env(struct CPUX86State *env) { (void)env; re
 /* signals.c */
 void ak_signals_enter(struct ak_vcpu *v);
 bool ak_signal_pending(struct ak_vcpu *v);
+bool ak_send_hwpoison_signal(struct ak_vcpu *v);
 void ak_signals_leave(struct ak_vcpu *v);
 void ak_ticker_arm(struct ak_vcpu *v);
 int ak_watch(struct ak_vcpu *v);
@@ -255,10 +259,13 @@ bool ak_irq_window(struct ak_vcpu *v);
 
 /* host.c */
 int ak_host_init(void);
+void ak_host_disposition(int signo, struct sigaction *action);
 int ak_host_touch(u64 hva, bool write, u64 *poison);
 bool ak_host_equal(u64 hva, const void *bytes, u64 size);
 int ak_copy_in(void *to, u64 from, u64 size);   /* copy_from_user(): 0 or -EFAULT */
 int ak_copy_out(u64 to, const void *from, u64 size);
+
+int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned);
 
 /* slots.c */
 struct ak_slot *ak_gfn_to_memslot(struct ak_vm *vm, u64 gfn);

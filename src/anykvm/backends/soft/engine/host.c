@@ -16,7 +16,6 @@ struct guard {
 };
 static __thread struct guard guard;
 static struct sigaction previous[2];
-static int installed;
 
 bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why, ucontext_t *uc);
 
@@ -77,8 +76,16 @@ int ak_host_init(void)
         if (sigaction(signals[i], &ours, NULL))
             return -errno;
     }
-    installed = 1;
     return 0;
+}
+
+/* What the program itself wants with a signal: what is behind our handler. */
+void ak_host_disposition(int signo, struct sigaction *action)
+{
+    if (sigaction(signo, NULL, action))
+        *action = (struct sigaction){.sa_handler = SIG_DFL};
+    if ((action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_signal)
+        *action = previous[signo == SIGBUS];
 }
 
 /* Touch one page as get_user_pages() would: read for reads, write (without a change) for writes. */

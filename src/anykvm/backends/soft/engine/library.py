@@ -42,6 +42,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_vm_kill": (None, (_address,)),
     "ak_vm_set_tsc_khz": (None, (_address, _u64)),
     "ak_set_memslot": (_int, (_address, ctypes.POINTER(AkSlot), ctypes.POINTER(AkSlot))),
+    "ak_poison": (_int, (_address, _u64, ctypes.c_bool)),
     "ak_mm_generation": (_u32, ()),
     # host memory
     "ak_host_init": (_int, ()),

@@ -32,17 +32,28 @@ void ak_signals_enter(struct ak_vcpu *v)
     v->active_mask = v->has_sigmask ? v->sigmask : v->outer_mask;
 }
 
+static void send_sigbus(u64 hva)
+{
+    siginfo_t info = {.si_signo = SIGBUS, .si_code = BUS_MCEERR_AR};
+    info.si_addr = (void *)(hva & AK_PAGE_MASK);
+    info.si_addr_lsb = 12;
+    syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), SIGBUS, &info);
+}
+
 void ak_signals_leave(struct ak_vcpu *v)
 {
     set_mask(&v->outer_mask, NULL);
+    if (v->sigbus_hva) {
+        send_sigbus(v->sigbus_hva); /* now that the caller's mask decides, as in the kernel */
+        v->sigbus_hva = 0;
+    }
 }
 
 /* A signal that does nothing is never pending for the kernel, but stays pending while it is blocked. */
 static bool ignored(int signo)
 {
     struct sigaction action;
-    if (sigaction(signo, NULL, &action))
-        return true;
+    ak_host_disposition(signo, &action);
     if (action.sa_flags & SA_SIGINFO)
         return false;
     if (action.sa_handler == SIG_IGN)
@@ -59,6 +70,16 @@ bool ak_signal_pending(struct ak_vcpu *v)
         if (!ignored(__builtin_ctzll(pending) + 1))
             return true;
     return false;
+}
+
+/* kvm_send_hwpoison_signal(): the vCPU's thread gets SIGBUS with the page's host address. True: it is deliverable, and
+ * sent when KVM_RUN restores the mask. Else the guest retries, and KVM_RUN goes on until another signal comes. */
+bool ak_send_hwpoison_signal(struct ak_vcpu *v)
+{
+    if (ignored(SIGBUS))
+        return false;
+    v->sigbus_hva = v->exit.hva | 1; /* page 0 is an address too */
+    return !(v->active_mask & BIT(SIGBUS));
 }
 
 /* -- the ticker ---------------------------------------------------------------------------------------------------- */
@@ -90,6 +111,7 @@ static void *ticker(void *unused)
     pthread_mutex_lock(&ticker_lock);
     for (;;) {
         struct timespec pause = {.tv_nsec = TICK_NS};
+        ak_host_init(); /* the program may have put its own handler over ours */
         quiet = tick() ? 0 : quiet + 1;
         if (quiet > IDLE_TICKS) {
             ticker_idle = true;
@@ -122,6 +144,7 @@ void ak_ticker_arm(struct ak_vcpu *v)
     v->entries++;
     if (__builtin_expect(!ticker_idle, 1))
         return;
+    ak_host_init();
     pthread_mutex_lock(&ticker_lock);
     ticker_idle = false;
     if (!ticker_started)
