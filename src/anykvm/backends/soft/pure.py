@@ -1,4 +1,4 @@
-"""The contract as plain Python instead of its compiled form, for measuring its branch coverage and for stepping through.
+"""The contract as plain Python instead of its compiled form: to measure its branch coverage, and to step through it.
 
 ``ANYKVM_PURE=1`` in the environment asks for it. It needs the ``cython`` package, whose pure-Python mode the contract
 is written in, and costs tens of microseconds an exit.
