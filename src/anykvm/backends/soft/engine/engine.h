@@ -3,7 +3,8 @@
  * The adapter is C because Unicorn's internal functions must be replaced (stock faults: stores executed twice, lost
  * stops, no SYSCALL, ...) and because a TLB fill must not enter Python. One subject per file:
  *   engine.c      create, enter, kick, self-test        mmu.c       guest page tables (first stage)
- *   fault.c       memslots and host pages (second)      host.c      guarded access, SIGSEGV/SIGBUS
+ *   fault.c       second stage, TLB fill                hva.c       host pages, asked as KVM asks
+ *   dirty.c       dirty tracking                        host.c      guarded access, SIGSEGV/SIGBUS
  *   slots.c       the memslot table                     emulate.c   MMIO: one instruction, replayed
  *   pio.c         port I/O and its completion           events.c    exceptions, interrupts, triple fault
  *   control.c     CR, EFER, XCR0, SYSCALL, SYSENTER     msr.c       MSRs        cpuid.c  CPUID, TSC
@@ -265,7 +266,10 @@ bool ak_host_equal(u64 hva, const void *bytes, u64 size);
 int ak_copy_in(void *to, u64 from, u64 size);   /* copy_from_user(): 0 or -EFAULT */
 int ak_copy_out(u64 to, const void *from, u64 size);
 
+/* hva.c, dirty.c */
 int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned);
+u32 ak_hva_to_pfn(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
+void ak_mark_page_dirty(struct ak_vcpu *v, struct ak_slot *slot, u64 gfn);
 
 /* slots.c */
 struct ak_slot *ak_gfn_to_memslot(struct ak_vm *vm, u64 gfn);

@@ -4,38 +4,7 @@
 #define _GNU_SOURCE
 #include "engine_internal.h"
 #include <errno.h>
-#include <stdlib.h>
 #include <ucontext.h>
-
-static bool is_poisoned(const struct ak_vm *vm, u64 hva)
-{
-    for (u32 i = 0; i < vm->npoisoned; i++)
-        if (vm->poisoned[i] == hva)
-            return true;
-    return false;
-}
-
-/* Let a host page count as poisoned for this VM's guests, or no longer: what MADV_HWPOISON does, without being root.
- * 0 or -ENOMEM. Takes effect for every vCPU before it returns. */
-int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned)
-{
-    int r = 0;
-    hva &= AK_PAGE_MASK;
-    ak_vm_pause(vm);
-    for (u32 i = 0; i < vm->npoisoned; i++)
-        if (vm->poisoned[i] == hva)
-            vm->poisoned[i--] = vm->poisoned[--vm->npoisoned];
-    if (poisoned) {
-        u64 *grown = realloc(vm->poisoned, (vm->npoisoned + 1) * sizeof *grown);
-        if (grown) {
-            vm->poisoned = grown;
-            vm->poisoned[vm->npoisoned++] = hva;
-        } else
-            r = -ENOMEM;
-    }
-    ak_vm_resume(vm, true);
-    return r;
-}
 
 /* kvm_mmu_faultin_pfn(): no slot, read-only slot, then the host page by the touch get_user_pages() would do. */
 int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)
@@ -50,15 +19,10 @@ int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_
     if (access == AK_WRITE && (slot->flags & KVM_MEM_READONLY))
         return t->pfn = KVM_PFN_ERR_RO_FAULT;
     t->hva = t->fault_hva = slot->hva + ((gfn - slot->base_gfn) << 12);
-    t->host_fault = v->vm->npoisoned && is_poisoned(v->vm, t->hva) ? AK_HOST_POISONED
-                                                                   : ak_host_touch(t->hva, access == AK_WRITE, NULL);
-    if (t->host_fault)
-        return t->pfn = t->host_fault == AK_HOST_POISONED ? KVM_PFN_ERR_HWPOISON : KVM_PFN_ERR_FAULT;
-    if (access == AK_WRITE && slot->dirty_bitmap) {
-        u64 at = gfn - slot->base_gfn;
-        __atomic_or_fetch(&slot->dirty_bitmap[at / 64], 1ull << (at % 64), __ATOMIC_RELAXED);
-    }
-    return t->pfn = KVM_PFN_OK;
+    t->pfn = ak_hva_to_pfn(v, t->hva, access, &t->host_fault);
+    if (t->pfn == KVM_PFN_OK && access == AK_WRITE)
+        ak_mark_page_dirty(v, slot, gfn);
+    return t->pfn;
 }
 
 static void __attribute__((noreturn)) fault_exit(struct ak_vcpu *v, struct ak_translation *t, uintptr_t retaddr)

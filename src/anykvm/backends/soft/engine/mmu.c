@@ -49,10 +49,8 @@ static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation
     w->hva = slot->hva + (gpa - (slot->base_gfn << 12));
     int why = ak_host_load(w->hva, w->size, !w->read_only, entry);
     if (!why) {
-        if (slot->dirty_bitmap && !w->read_only) {
-            u64 at = (gpa >> 12) - slot->base_gfn;
-            __atomic_or_fetch(&slot->dirty_bitmap[at / 64], 1ull << (at % 64), __ATOMIC_RELAXED);
-        }
+        if (!w->read_only)
+            ak_mark_page_dirty(w->v, slot, gpa >> 12);
         return AK_WALK_OK;
     }
     if (w->v->emulation != AK_NATIVE || !w->effects)
