@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from typing import Final
 
 from anykvm.abi.ioctls import KVM_RUN
@@ -12,7 +13,7 @@ from anykvm.backends.soft import profiles
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES
-from anykvm.backends.soft.pages import map_shared, unmap
+from anykvm.backends.soft.pages import unmap
 from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.run import kvm_run
 from anykvm.backends.soft.system import open_system
@@ -41,12 +42,16 @@ class SoftBackend:
 
     name: Final = "soft"
 
-    def __init__(self, profile: str | Profile = profiles.DOCUMENTED) -> None:
+    def __init__(self, profile: str | Profile = profiles.DOCUMENTED, *, private_gpa_bit: int | None = None) -> None:
         """Be the KVM that ``profile`` describes: one of ``profiles.PROFILES`` by name, or one of your own.
 
-        Raises ValueError for an unknown name; ImportError when the engine is not installed.
+        ``private_gpa_bit`` (40 to 51) is the profile's with another value: in VMs of type KVM_X86_SW_PROTECTED_VM the
+        guest then says by that bit of its page table entries which accesses are private.
+        Raises ValueError for an unknown name or another bit; ImportError when the engine is not installed.
         """
         self._profile = profiles.profile(profile)
+        if private_gpa_bit is not None:
+            self._profile = replace(self._profile, private_gpa_bit=private_gpa_bit)
         library()
 
     def __repr__(self) -> str:
@@ -83,19 +88,20 @@ class SoftBackend:
             raise ioctl_error(error.errno or errno.EIO, request) from error
 
     def mmap(self, fd: int, length: int, offset: int) -> int:
-        """Map a vCPU's pages; see ``Backend.mmap``."""
+        """Map a vCPU's pages, or a guest_memfd; see ``Backend.mmap``."""
         what = f"mmap(fd={fd}, length={length:#x}, offset={offset:#x})"
         try:
-            size = FILES.get(fd).mmap_size
+            file = FILES.get(fd)
+            size = file.mmap_size
         except Refused as refused:
             code = errno.ENODEV if refused.errno == errno.ENOTTY else refused.errno
             raise OSError(code, f"{what}: {refused.detail}") from None
         if not size:
-            raise OSError(errno.ENODEV, f"{what}: only a vCPU has pages")
+            raise OSError(errno.ENODEV, f"{what}: only a vCPU, and a guest_memfd made for it, can be mapped")
         pages = -(-length // _PAGE_SIZE) * _PAGE_SIZE
         if length <= 0 or offset < 0 or offset % _PAGE_SIZE or offset + pages > size:
-            raise OSError(errno.EINVAL, f"{what}: a vCPU has {size:#x} bytes")
-        return map_shared(fd, length, offset)
+            raise OSError(errno.EINVAL, f"{what}: it has {size:#x} bytes")
+        return file.map(fd, length, offset)
 
     def munmap(self, address: int, length: int) -> None:
         """Unmap; see ``Backend.munmap``."""

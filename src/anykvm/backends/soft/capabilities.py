@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Final
 
 from anykvm.abi import constants as c
+from anykvm.backends.soft.attributes import KVM_EXIT_HYPERCALL_VALID_MASK
 from anykvm.backends.soft.profiles import Profile
 
 KVM_USER_MEM_SLOTS: Final = 32764
@@ -32,8 +33,13 @@ CAPABILITIES: Final[Mapping[int, int]] = MappingProxyType(
         c.KVM_CAP_READONLY_MEM: 1,
         c.KVM_CAP_MEMORY_FAULT_INFO: 1,
         c.KVM_CAP_MMU_SHADOW_CACHE_CONTROL: 1,
+        c.KVM_CAP_MEMORY_ATTRIBUTES: c.KVM_MEMORY_ATTRIBUTE_PRIVATE,
+        c.KVM_CAP_GUEST_MEMFD: 1,
+        c.KVM_CAP_GUEST_MEMFD_FLAGS: c.GUEST_MEMFD_FLAG_MMAP | c.GUEST_MEMFD_FLAG_INIT_SHARED,
+        c.KVM_CAP_PRE_FAULT_MEMORY: 1,
         # VM
-        c.KVM_CAP_VM_TYPES: 1 << c.KVM_X86_DEFAULT_VM,
+        c.KVM_CAP_VM_TYPES: 1 << c.KVM_X86_DEFAULT_VM | 1 << c.KVM_X86_SW_PROTECTED_VM,
+        c.KVM_CAP_EXIT_HYPERCALL: KVM_EXIT_HYPERCALL_VALID_MASK,
         c.KVM_CAP_CHECK_EXTENSION_VM: 1,
         c.KVM_CAP_ENABLE_CAP_VM: 1,
         c.KVM_CAP_SET_TSS_ADDR: 1,
@@ -66,8 +72,24 @@ CAPABILITIES: Final[Mapping[int, int]] = MappingProxyType(
 """Capability -> value; profiles may differ (``Profile.capabilities``)."""
 
 
-def check_extension(profile: Profile, capability: int) -> int:
+OF_VM_TYPE: Final[Mapping[int | None, Mapping[int, int]]] = MappingProxyType(
+    {
+        None: {},
+        c.KVM_X86_DEFAULT_VM: {c.KVM_CAP_MEMORY_ATTRIBUTES: 0},
+        c.KVM_X86_SW_PROTECTED_VM: {
+            c.KVM_CAP_MULTI_ADDRESS_SPACE: 1,
+            c.KVM_CAP_GUEST_MEMFD_FLAGS: c.GUEST_MEMFD_FLAG_MMAP,
+        },
+    }
+)
+"""What a VM of a type says otherwise than /dev/kvm (None)."""
+
+
+def check_extension(profile: Profile, capability: int, vm_type: int | None = None) -> int:
     """kvm_vm_ioctl_check_extension(): the value of a capability, 0 for one that is not offered."""
+    of_type = OF_VM_TYPE[vm_type].get(capability)
+    if of_type is not None:
+        return of_type
     if capability == c.KVM_CAP_NR_VCPUS:
         return min(os.cpu_count() or 1, KVM_MAX_VCPUS)  # the recommended number
     value = profile.capabilities.get(capability)

@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.pages import map_shared
 
 if TYPE_CHECKING:
     from anykvm.backends.soft.vcpu import VcpuFile
@@ -30,9 +31,20 @@ class File:
     mmap_size = 0
     """Bytes that can be mapped; 0: mmap() is ENODEV."""
 
+    hidden_fd = -1
+    """A descriptor of its inode that is the backend's own, and keeps nothing alive."""
+
     def ioctl(self, request: int, arg: int) -> int:
         """Do an ioctl. Refused: what the file's operations say."""
         raise Refused(errno.ENOTTY)
+
+    def map(self, fd: int, length: int, offset: int) -> int:
+        """Map pages of ``mmap_size``; returns the address. Raises OSError as mmap(2)."""
+        return map_shared(fd, length, offset)
+
+    def released(self) -> bool:
+        """Say whether a file without descriptors is over; it may yet be mapped."""
+        return True
 
 
 class FileTable:
@@ -98,11 +110,14 @@ class FileTable:
             return  # no /proc: keep everything
         with self._lock:
             candidates = dict(self._files)
+            hidden = {file.hidden_fd for file in candidates.values()}
             for name in names:
                 try:
-                    candidates.pop(_inode(int(name)), None)
+                    if int(name) not in hidden:
+                        candidates.pop(_inode(int(name)), None)
                 except Refused:
                     continue  # the descriptor of the listing itself, or one just closed by another thread
+            candidates = {inode: file for inode, file in candidates.items() if file.released()}
             for inode in candidates:
                 del self._files[inode]
             gone = {id(file) for file in candidates.values()}

@@ -8,11 +8,12 @@ import errno
 from bisect import bisect_left, bisect_right
 from typing import Final, NamedTuple
 
-from anykvm.abi.constants import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
-from anykvm.backends.soft.capabilities import KVM_ADDRESS_SPACES, KVM_USER_MEM_SLOTS
+from anykvm.abi.constants import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+from anykvm.backends.soft.capabilities import KVM_USER_MEM_SLOTS
 from anykvm.backends.soft.cpuid import MAXPHYADDR
 from anykvm.backends.soft.engine.library import AkSlot, library
 from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.gmem_binding import Binding, Bindings
 
 PAGE_SIZE: Final = 4096
 PAGE_SHIFT: Final = 12
@@ -22,7 +23,6 @@ KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1
 _U64: Final = (1 << 64) - 1
 _MAX_GFN: Final = (1 << (MAXPHYADDR - PAGE_SHIFT)) - 1
 _V1_FLAGS: Final = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY
-_VALID_FLAGS: Final = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY  # guest_memfd is not built in
 
 
 class Region(NamedTuple):
@@ -34,6 +34,9 @@ class Region(NamedTuple):
     guest_phys_addr: int
     memory_size: int
     userspace_addr: int
+    guest_memfd: int = 0
+    """Descriptor, with KVM_MEM_GUEST_MEMFD."""
+    guest_memfd_offset: int = 0
 
 
 class Memslot(NamedTuple):
@@ -45,6 +48,8 @@ class Memslot(NamedTuple):
     base_gfn: int
     npages: int
     userspace_addr: int
+    binding: Binding | None = None
+    """The pages of a guest_memfd, with KVM_MEM_GUEST_MEMFD."""
 
 
 class AddressSpace:
@@ -88,10 +93,11 @@ class AddressSpace:
 class Memslots:
     """All memslots of a VM. The caller holds the VM's lock around every method."""
 
-    def __init__(self, vm_address: int) -> None:
+    def __init__(self, vm_address: int, address_spaces: int) -> None:
         """For the engine's VM at this address."""
         self._vm_address = vm_address
-        self.spaces = tuple(AddressSpace() for _ in range(KVM_ADDRESS_SPACES))
+        self.spaces = tuple(AddressSpace() for _ in range(address_spaces))
+        self._bindings = Bindings()
         self.nr_memslot_pages = 0
 
     def set_memory_region(self, region: Region, *, v1: bool) -> None:
@@ -99,7 +105,7 @@ class Memslots:
 
         Refused: EINVAL, EEXIST (its frames belong to another slot), ENOMEM.
         """
-        check_region(region, v1=v1)
+        check_region(region, len(self.spaces), v1=v1)
         space = self.spaces[region.slot >> 16]
         old = space.by_id.get(region.slot & 0xFFFF)
         npages = region.memory_size >> PAGE_SHIFT
@@ -120,8 +126,13 @@ class Memslots:
             other = space.overlap(new.base_gfn, npages, old)
             if other is not None:  # 18
                 raise Refused(errno.EEXIST, f"guest_phys_addr overlaps another slot, {other.slot:#x}")
+            if region.flags & KVM_MEM_GUEST_MEMFD:  # 19
+                file, binding = self._bindings.look_up(region, self._vm_address)  # file: kept until it is bound
+                new = new._replace(binding=binding)
             if new.base_gfn + npages - 1 > _MAX_GFN:  # 20
                 raise Refused(errno.EINVAL, f"guest_phys_addr + memory_size is beyond 2^{MAXPHYADDR}")
+            if new.binding and self._bindings.overlap(new.binding):  # 21
+                raise Refused(errno.EEXIST, "guest_memfd_offset: pages of this file belong to another slot")
         self._commit(space, old, new)
 
     def _commit(self, space: AddressSpace, old: Memslot | None, new: Memslot | None) -> None:
@@ -131,18 +142,21 @@ class Memslots:
             if result:
                 raise Refused(-result)
         space.replace(old, new)
+        self._bindings.replace(old and old.binding, new and new.binding)
         self.nr_memslot_pages += (new.npages if new else 0) - (old.npages if old else 0)
 
 
-def check_region(region: Region, *, v1: bool) -> None:
+def check_region(region: Region, address_spaces: int, *, v1: bool) -> None:
     """Check what does not depend on the slots there are: rows 3 to 12. Refused: EINVAL."""
-    slot, flags, gpa, size, hva = region
+    slot, flags, gpa, size, hva, _, offset = region
     if v1 and flags & ~_V1_FLAGS:  # 3
         raise Refused(errno.EINVAL, f"flags has unknown bits {flags & ~_V1_FLAGS:#x}")
     if slot & 0xFFFF >= KVM_USER_MEM_SLOTS:  # 4
         raise Refused(errno.EINVAL, f"slot is not below {KVM_USER_MEM_SLOTS} (KVM_CAP_NR_MEMSLOTS)")
-    if flags & ~_VALID_FLAGS:  # 5
-        raise Refused(errno.EINVAL, f"flags has unknown bits {flags & ~_VALID_FLAGS:#x}")
+    if flags & KVM_MEM_GUEST_MEMFD and flags != KVM_MEM_GUEST_MEMFD:  # 5
+        raise Refused(errno.EINVAL, f"flags: {flags:#x}; with KVM_MEM_GUEST_MEMFD there can be no other")
+    if flags & ~(_V1_FLAGS | KVM_MEM_GUEST_MEMFD):  # 5
+        raise Refused(errno.EINVAL, f"flags has unknown bits {flags & ~(_V1_FLAGS | KVM_MEM_GUEST_MEMFD):#x}")
     if size % PAGE_SIZE:  # 6
         raise Refused(errno.EINVAL, "memory_size is not page aligned")
     if gpa % PAGE_SIZE:  # 7
@@ -151,7 +165,9 @@ def check_region(region: Region, *, v1: bool) -> None:
         raise Refused(errno.EINVAL, "userspace_addr is not page aligned")
     if hva + size > TASK_SIZE_MAX:  # 8: access_ok()
         raise Refused(errno.EINVAL, "userspace_addr + memory_size is beyond the user address space")
-    if slot >> 16 >= KVM_ADDRESS_SPACES:  # 10
+    if flags & KVM_MEM_GUEST_MEMFD and (offset % PAGE_SIZE or offset + size > _U64):  # 9
+        raise Refused(errno.EINVAL, "guest_memfd_offset is not page aligned, or + memory_size wraps")
+    if slot >> 16 >= address_spaces:  # 10
         raise Refused(errno.EINVAL, "slot names an address space (its upper 16 bits) that does not exist")
     if gpa + size > _U64:  # 11
         raise Refused(errno.EINVAL, "guest_phys_addr + memory_size wraps")
@@ -161,15 +177,18 @@ def check_region(region: Region, *, v1: bool) -> None:
 
 def _check_modify(old: Memslot, new: Memslot) -> None:
     """Rows 15 and 16: what may change in a slot is where it is in the guest, and dirty logging."""
+    if new.flags & KVM_MEM_GUEST_MEMFD:
+        raise Refused(errno.EINVAL, "the slot exists: one with KVM_MEM_GUEST_MEMFD can only be deleted")
     if new.userspace_addr != old.userspace_addr:
         raise Refused(errno.EINVAL, f"the slot exists: userspace_addr cannot change from {old.userspace_addr:#x}")
     if new.npages != old.npages:
         raise Refused(errno.EINVAL, f"the slot exists: memory_size cannot change from {old.npages << PAGE_SHIFT:#x}")
-    if (new.flags ^ old.flags) & KVM_MEM_READONLY:
-        raise Refused(errno.EINVAL, "the slot exists: KVM_MEM_READONLY in flags cannot change")
+    if (new.flags ^ old.flags) & (KVM_MEM_READONLY | KVM_MEM_GUEST_MEMFD):
+        raise Refused(errno.EINVAL, "the slot exists: KVM_MEM_READONLY and KVM_MEM_GUEST_MEMFD in flags cannot change")
 
 
 def _for_engine(slot: Memslot | None) -> AkSlot | None:
     if slot is None:
         return None
-    return AkSlot(slot.base_gfn, slot.npages, slot.userspace_addr, slot.flags, slot.slot, None)
+    gmem = (slot.binding.address, slot.binding.offset, slot.binding.gmem_only) if slot.binding else (0, 0, False)
+    return AkSlot(slot.base_gfn, slot.npages, slot.userspace_addr, slot.flags, slot.slot, None, *gmem)

@@ -33,6 +33,7 @@ cdef extern from "engine.h" nogil:
         KVM_EXIT_UNKNOWN
         KVM_EXIT_IO
         KVM_EXIT_HLT
+        KVM_EXIT_HYPERCALL
         KVM_EXIT_MMIO
         KVM_EXIT_IRQ_WINDOW_OPEN
         KVM_EXIT_SHUTDOWN
@@ -56,6 +57,7 @@ cdef extern from "engine.h" nogil:
         AK_COMPLETE_STRING_IN
         AK_COMPLETE_MMIO_READ
         AK_COMPLETE_MMIO_WRITE
+        AK_COMPLETE_HYPERCALL
 
     int ak_vcpu_dead(ak_vcpu *v)
     int ak_vcpu_lock(ak_vcpu *v)
@@ -71,7 +73,8 @@ cdef extern from "engine.h" nogil:
     void ak_exit_mmio(ak_vcpu *v)
     void ak_exit_io(ak_vcpu *v)
     void ak_exit_internal(ak_vcpu *v, unsigned int suberror)
-    void ak_hypercall(ak_vcpu *v)
+    bint ak_hypercall(ak_vcpu *v)
+    void ak_complete_hypercall(ak_vcpu *v)
     void ak_run_guest(ak_vcpu *v)
     bint ak_irq_window(ak_vcpu *v)
     void ak_complete_pio(ak_vcpu *v)

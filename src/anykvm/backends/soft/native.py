@@ -18,6 +18,7 @@ from errno import EINTR, EINVAL, EIO  # noqa: F401  isort: skip  (names the cont
 KVM_EXIT_UNKNOWN = abi.KVM_EXIT_UNKNOWN
 KVM_EXIT_IO = abi.KVM_EXIT_IO
 KVM_EXIT_HLT = abi.KVM_EXIT_HLT
+KVM_EXIT_HYPERCALL = abi.KVM_EXIT_HYPERCALL
 KVM_EXIT_MMIO = abi.KVM_EXIT_MMIO
 KVM_EXIT_IRQ_WINDOW_OPEN = abi.KVM_EXIT_IRQ_WINDOW_OPEN
 KVM_EXIT_SHUTDOWN = abi.KVM_EXIT_SHUTDOWN
@@ -49,7 +50,8 @@ KVM_INTERNAL_ERROR_DELIVERY_EV = abi.KVM_INTERNAL_ERROR_DELIVERY_EV
     AK_COMPLETE_STRING_IN,
     AK_COMPLETE_MMIO_READ,
     AK_COMPLETE_MMIO_WRITE,
-) = range(5)
+    AK_COMPLETE_HYPERCALL,
+) = range(6)
 
 
 class Exit(ctypes.Structure):
@@ -100,7 +102,9 @@ class Vcpu(ctypes.Structure):
 vcpu_p = Vcpu
 
 #: Functions that return a C bool: only the low byte of the result is theirs.
-PREDICATES = frozenset({"ak_signal_pending", "ak_irq_window", "ak_next_fragment", "ak_send_hwpoison_signal"})
+PREDICATES = frozenset(
+    {"ak_signal_pending", "ak_irq_window", "ak_next_fragment", "ak_send_hwpoison_signal", "ak_hypercall"}
+)
 
 
 def vcpu_at(address: int) -> Vcpu:

@@ -8,6 +8,11 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Final
 
+from anykvm.backends.soft.cpuid import MAXPHYADDR
+
+_MAX_ADDRESS_BIT: Final = 51
+"""The highest of a page table entry's physical address."""
+
 
 class Purge(Enum):
     """Where KVM_RUN resets ``kvm_run.exit_reason`` to KVM_EXIT_UNKNOWN."""
@@ -30,10 +35,20 @@ class Profile:
     init_after_shutdown: bool = False
     """A triple fault leaves the vCPU reset (else: its registers stay, to be looked at)."""
     purge: Purge = Purge.VCPU_RUN
+    private_gpa_bit: int | None = None
+    """In a KVM_X86_SW_PROTECTED_VM, the bit (40 to 51) of page table entries and CR3 by which the guest itself says that an
+    access is private, as SEV-SNP's C-bit does, without the encryption; without paging, accesses are shared. An access that
+    does not fit the page's attribute is then EFAULT with memory_fault, in both directions. None: the access follows the
+    attribute, as mainline's does in such a VM, and can never mismatch."""
     capabilities: Mapping[int, int] = field(default_factory=_nothing)
     """Values of KVM_CHECK_EXTENSION that differ from ``capabilities.CAPABILITIES``."""
     cites: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """For each field: the document or kernel function it follows."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a bit that is not above guest-physical addresses, or not an address bit."""
+        if self.private_gpa_bit is not None and not MAXPHYADDR <= self.private_gpa_bit <= _MAX_ADDRESS_BIT:
+            raise ValueError(f"private_gpa_bit {self.private_gpa_bit} is not from {MAXPHYADDR} to {_MAX_ADDRESS_BIT}")
 
 
 DOCUMENTED: Final = Profile(

@@ -84,6 +84,9 @@ def complete_userspace_io(vcpu: native.vcpu_p) -> cython.int:
     if completion == native.AK_COMPLETE_PIO:
         native.ak_complete_pio(vcpu)
         return 1
+    if completion == native.AK_COMPLETE_HYPERCALL:
+        native.ak_complete_hypercall(vcpu)
+        return 1
     if completion == native.AK_COMPLETE_MMIO_WRITE:
         return handle_exit(vcpu) if native.ak_next_fragment(vcpu) else 1
     if completion == native.AK_COMPLETE_STRING_IN:
@@ -140,8 +143,11 @@ def handle_exit(vcpu: native.vcpu_p) -> cython.int:
         vcpu.run.exit_reason = native.KVM_EXIT_HLT
         return 0
     if kind == native.AK_EXIT_HYPERCALL:
-        native.ak_hypercall(vcpu)
-        return 1
+        if not native.ak_hypercall(vcpu):
+            return 1  # answered
+        vcpu.run.exit_reason = native.KVM_EXIT_HYPERCALL
+        vcpu.completion = native.AK_COMPLETE_HYPERCALL
+        return 0
     return rare_exit(vcpu, kind)
 
 

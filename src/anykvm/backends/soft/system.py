@@ -53,9 +53,9 @@ def _get_vcpu_mmap_size(file: SystemFile, arg: int) -> int:
 
 
 def _create_vm(file: SystemFile, arg: int) -> int:
-    if arg != c.KVM_X86_DEFAULT_VM:  # kvm_arch_init_vm(): the types KVM_CAP_VM_TYPES offers
+    if arg not in (c.KVM_X86_DEFAULT_VM, c.KVM_X86_SW_PROTECTED_VM):  # kvm_arch_init_vm()
         raise Refused(errno.EINVAL, f"VM type {arg} is not offered (KVM_CAP_VM_TYPES)")
-    return create_vm(file.profile)
+    return create_vm(file.profile, arg)
 
 
 def _check_extension(file: SystemFile, arg: int) -> int:

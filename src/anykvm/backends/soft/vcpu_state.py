@@ -16,6 +16,7 @@ from anykvm.abi import structures as s
 from anykvm.backends.soft.cpuid import KVM_MAX_CPUID_ENTRIES
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.pre_fault import pre_fault_memory
 from anykvm.backends.soft.usercopy import bytes_from_user, copy_from_user, copy_to_user
 
 if TYPE_CHECKING:
@@ -199,5 +200,6 @@ HANDLERS: Final[dict[int, Callable[[VcpuFile, int], int]]] = {
     n.KVM_GET_TSC_KHZ: _get_tsc_khz,
     n.KVM_SET_TSC_KHZ: _set_tsc_khz,
     n.KVM_ENABLE_CAP: _enable_cap,
+    n.KVM_PRE_FAULT_MEMORY: pre_fault_memory,
 }
 """Request -> handler, for every vCPU ioctl but KVM_RUN."""

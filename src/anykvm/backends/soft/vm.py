@@ -12,10 +12,12 @@ from typing import Final
 from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
 from anykvm.abi.structures import kvm_enable_cap, kvm_userspace_memory_region, kvm_userspace_memory_region2
+from anykvm.backends.soft.attributes import enable_exit_hypercall, set_memory_attributes
 from anykvm.backends.soft.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, check_extension
 from anykvm.backends.soft.engine.library import install_handlers, library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
+from anykvm.backends.soft.guest_memfd import create_guest_memfd
 from anykvm.backends.soft.memslots import PAGE_SIZE, Memslots, Region
 from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.usercopy import copy_from_user
@@ -32,8 +34,8 @@ _MAX_TSS_ADDR: Final = (1 << 32) - 3 * PAGE_SIZE
 class Vm:
     """struct kvm: lives while a descriptor of it, or of one of its vCPUs, lives."""
 
-    def __init__(self, profile: Profile) -> None:
-        """An empty VM. Raises OSError from the signal handlers; Refused: ENOMEM."""
+    def __init__(self, profile: Profile, type: int) -> None:
+        """An empty VM of a KVM_X86_*_VM type. Raises OSError from the signal handlers; Refused: ENOMEM."""
         engine = library()
         install_handlers(engine)
         address: int = engine.ak_vm_create()
@@ -42,17 +44,24 @@ class Vm:
         self.address = address
         """Of struct ak_vm."""
         self.profile = profile
+        self.type = type
+        if type == c.KVM_X86_SW_PROTECTED_VM and profile.private_gpa_bit is not None:
+            engine.ak_vm_configure(address, 1 << profile.private_gpa_bit)
         self.lock = threading.RLock()
         """kvm->lock and kvm->slots_lock."""
         self.vcpus: dict[int, Vcpu] = {}
         """By vCPU id. A vCPU lives until its VM goes, also without a descriptor."""
-        self.memslots = Memslots(address)
+        self.memslots = Memslots(address, self.check_extension(c.KVM_CAP_MULTI_ADDRESS_SPACE))
         self.tsc_khz = TSC_KHZ
         self.bsp_vcpu_id = 0
         self.max_vcpu_ids = 0
         """Limit of KVM_ENABLE_CAP(KVM_CAP_MAX_VCPU_ID); 0: not set."""
         finalizer = weakref.finalize(self, _destroy, address, self.vcpus, engine.ak_mm_generation())
         finalizer.atexit = False  # the process's end frees everything, and threads may still be running guests
+
+    def check_extension(self, capability: int) -> int:
+        """KVM_CHECK_EXTENSION: the value of a capability in this VM."""
+        return check_extension(self.profile, capability, self.type)
 
     def check_alive(self) -> None:
         """Refused: EIO when the VM belongs to another process (it was made before a fork) or is dead."""
@@ -93,13 +102,13 @@ class VmFile(File):
             return handler(self.vm, arg)
 
 
-def create_vm(profile: Profile) -> int:
+def create_vm(profile: Profile, type: int) -> int:
     """KVM_CREATE_VM: returns the VM's descriptor. Raises OSError: EMFILE, ENOMEM."""
-    return FILES.open("kvm-vm", VmFile(Vm(profile)))
+    return FILES.open("kvm-vm", VmFile(Vm(profile, type)))
 
 
 def _check_extension(vm: Vm, arg: int) -> int:
-    return check_extension(vm.profile, arg)
+    return vm.check_extension(arg)
 
 
 def _set_user_memory_region(vm: Vm, arg: int) -> int:
@@ -111,7 +120,8 @@ def _set_user_memory_region(vm: Vm, arg: int) -> int:
 
 def _set_user_memory_region2(vm: Vm, arg: int) -> int:
     r = copy_from_user(kvm_userspace_memory_region2, arg)
-    region = Region(r.slot, r.flags, r.guest_phys_addr, r.memory_size, r.userspace_addr)
+    gmem = r.guest_memfd, r.guest_memfd_offset
+    region = Region(r.slot, r.flags, r.guest_phys_addr, r.memory_size, r.userspace_addr, *gmem)
     vm.memslots.set_memory_region(region, v1=False)
     return 0
 
@@ -187,6 +197,8 @@ def _enable_cap(vm: Vm, arg: int) -> int:
     cap = copy_from_user(kvm_enable_cap, arg)
     if cap.flags:
         raise Refused(errno.EINVAL, f"flags: {cap.flags:#x}, not 0")
+    if cap.cap == c.KVM_CAP_EXIT_HYPERCALL:
+        return enable_exit_hypercall(vm, cap)
     if cap.cap != c.KVM_CAP_MAX_VCPU_ID:
         raise Refused(errno.EINVAL, f"cap: {cap.cap} is not one that can be enabled on a VM")
     limit: int = cap.args[0]
@@ -210,4 +222,6 @@ _HANDLERS: Final[dict[int, Callable[[Vm, int], int]]] = {
     n.KVM_SET_TSC_KHZ: _set_tsc_khz,
     n.KVM_GET_TSC_KHZ: _get_tsc_khz,
     n.KVM_ENABLE_CAP: _enable_cap,
+    n.KVM_SET_MEMORY_ATTRIBUTES: set_memory_attributes,
+    n.KVM_CREATE_GUEST_MEMFD: create_guest_memfd,
 }

@@ -155,8 +155,8 @@ def gmem_mmap_swp(lab: Lab) -> None:
 
 
 def _map(fd: int, shared: bool = True) -> Outcome:
-    """Map a page of a file; the result is 0 if that can be done."""
-    return attempt(lambda: file_mapping(fd, PAGE, shared=shared).address and 0)
+    """Map a page of a file, and unmap it; the result is 0 if that can be done."""
+    return attempt(lambda: file_mapping(fd, PAGE, shared=shared).unmap())
 
 
 def _write_in_child(host: Host) -> int:

@@ -88,7 +88,7 @@ void helper_write_crN_x86_64(struct CPUX86State *env, int reg, u64 value)
         env->cr[2] = value;
         break;
     case 3:
-        bad = (env->efer & EFER_LMA) && (value >> AK_MAXPHYADDR) ? -1 : 0;
+        bad = (env->efer & EFER_LMA) && ((value & ~ak_current->vm->private_gpa_mask) >> AK_MAXPHYADDR) ? -1 : 0;
         if (!bad)
             cpu_x86_update_cr3_x86_64(env, value);
         break;

@@ -50,8 +50,8 @@ u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15])
         va = (u32)va;
     room = (u32)(AK_PAGE_SIZE - (va & ~AK_PAGE_MASK));
     room = room < 15 ? room : 15;
-    struct ak_slot *slot = ak_translate(v, va, &gpa, &writable, &user) ? NULL : ak_gfn_to_memslot(v->vm, gpa >> 12);
-    if (!slot || ak_copy_in(bytes, slot->hva + (gpa - (slot->base_gfn << 12)), room))
+    u64 hva = ak_translate(v, va, &gpa, &writable, &user) ? 0 : ak_gfn_to_hva(v, gpa >> 12);
+    if (!hva || ak_copy_in(bytes, hva | (gpa & ~AK_PAGE_MASK), room))
         return 0;
     return room;
 }
@@ -221,7 +221,7 @@ static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, 
         u64 va = i ? addr + first : addr;
         if (ak_walk(v, va, AK_READ, (int)(oi & 15), true, &t[i]) != AK_WALK_OK)
             return false; /* the ordinary path raises the fault */
-        if (ak_faultin_pfn(v, t[i].gpa, AK_READ, &t[i]) == KVM_PFN_OK)
+        if (ak_data_pfn(v, t[i].gpa, AK_READ, &t[i]) == KVM_PFN_OK)
             continue;
         device = true;
         if (!ak_emulate_reaches(v, t[i].gpa, t[i].pfn == KVM_PFN_NOSLOT))

@@ -47,6 +47,7 @@ void ak_vm_destroy(struct ak_vm *vm)
         free(vm->slots[i]);
     free(vm->slots);
     free(vm->poisoned);
+    free(vm->private_ranges);
     pthread_mutex_destroy(&vm->lock);
     pthread_cond_destroy(&vm->changed);
     free(vm);
@@ -265,6 +266,8 @@ bool ak_guest_enter(struct ak_vcpu *v)
         v->tlb_flush_pending = NULL;
         tlb_flush_x86_64(v->cpu);
     }
+    if (__builtin_expect(vm->gmems != NULL, 0))
+        ak_gmem_enter(v);
     return true;
 }
 

@@ -5,6 +5,7 @@
  *   engine.c      create, enter, kick, self-test        mmu.c       guest page tables (first stage)
  *   fault.c       second stage, TLB fill                hva.c       host pages, asked as KVM asks
  *   dirty.c       dirty tracking                        host.c      guarded access, SIGSEGV/SIGBUS
+ *   attributes.c  which guest frames are private          gmem.c      guest_memfd
  *   slots.c       the memslot table                     emulate.c   MMIO: one instruction, replayed
  *   pio.c         port I/O and its completion           events.c    exceptions, interrupts, triple fault
  *   control.c     CR, EFER, XCR0, SYSCALL, SYSENTER     msr.c       MSRs        cpuid.c  CPUID, TSC
@@ -101,9 +102,17 @@ struct ak_slot {
     u32 flags;
     u32 id;           /* as_id << 16 | slot */
     u64 *dirty_bitmap;
+    struct ak_gmem *gmem;     /* KVM_MEM_GUEST_MEMFD; NULL once the file is closed */
+    u64 gmem_offset;
+    u32 gmem_only;            /* the file can be mapped: shared accesses use it too */
 };
 
 struct ak_vcpu;
+struct ak_gmem;
+
+struct ak_range {
+    u64 first, last;          /* guest frames */
+};
 
 struct ak_vm {
     pthread_mutex_t lock;     /* the vCPU list, and one updater at a time */
@@ -119,6 +128,12 @@ struct ak_vm {
     u64 tsc_khz, tsc_boot_ns;
     struct ak_vcpu *vcpus;
     u32 nvcpus;
+    struct ak_range *private_ranges; /* KVM_MEMORY_ATTRIBUTE_PRIVATE: sorted, apart from each other */
+    u32 nprivate, private_room;
+    u32 gmem_closings;        /* files that were found closed */
+    struct ak_gmem *gmems;
+    u64 private_gpa_mask;     /* the guest says by this bit of an address which access is private; 0: by attribute */
+    u64 hypercall_exits;      /* KVM_CAP_EXIT_HYPERCALL: numbers that go to user space */
 };
 
 /* A pending exception: kvm_queued_exception, kept over a KVM_RUN that failed while delivering it. */
@@ -139,7 +154,8 @@ struct ak_access_log {
 enum ak_emulation { AK_NATIVE = 0, AK_ARMED, AK_RUNNING };
 
 /* What run.py completes at the next KVM_RUN (vcpu->arch.complete_userspace_io) */
-enum ak_completion { AK_COMPLETE_NONE = 0, AK_COMPLETE_PIO, AK_COMPLETE_STRING_IN, AK_COMPLETE_MMIO_READ, AK_COMPLETE_MMIO_WRITE };
+enum ak_completion { AK_COMPLETE_NONE = 0, AK_COMPLETE_PIO, AK_COMPLETE_STRING_IN, AK_COMPLETE_MMIO_READ, AK_COMPLETE_MMIO_WRITE,
+                     AK_COMPLETE_HYPERCALL };
 
 struct ak_msr_state {
     u64 apic_base, misc_enable, tsc_adjust, hwcr, bios_sign_id, platform_info, mcg_status, mcg_ctl, spec_ctrl;
@@ -210,6 +226,7 @@ struct ak_vcpu {
     u32 insn_len;
     u8 insn_bytes[16];
     void *tlb_flush_pending;
+    u32 gmem_closings;        /* those of the VM that its TLB knows of */
 };
 
 /* engine.c */
@@ -254,7 +271,8 @@ void ak_fill_memory_fault(struct ak_vcpu *v);
 void ak_exit_mmio(struct ak_vcpu *v);
 void ak_exit_io(struct ak_vcpu *v);
 void ak_exit_internal(struct ak_vcpu *v, u32 suberror);
-void ak_hypercall(struct ak_vcpu *v);
+bool ak_hypercall(struct ak_vcpu *v);
+void ak_complete_hypercall(struct ak_vcpu *v);
 void ak_run_guest(struct ak_vcpu *v);
 bool ak_irq_window(struct ak_vcpu *v);
 
@@ -287,8 +305,36 @@ struct ak_translation {
     u32 slot_id;
     u64 fault_hva;
     u32 fault_access;
+    u32 is_private;    /* the guest chose so, by ak_vm.private_gpa_mask */
+    u32 not_shared;    /* a private access, or one that a guest_memfd answers */
+    int err;           /* with annotate: the errno */
+    u32 annotate;      /* kvm would call kvm_mmu_prepare_memory_fault_exit() */
+    u32 flags;         /* of memory_fault */
 };
 int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
+
+/* attributes.c */
+bool ak_gfn_is_private(const struct ak_vm *vm, u64 gfn);
+int ak_set_memory_attributes(struct ak_vm *vm, u64 gfn, u64 npages, bool is_private);
+
+/* gmem.c */
+int ak_gmem_create(struct ak_vm *vm, int fd, u64 size, struct ak_gmem **result);
+void ak_gmem_destroy(struct ak_vm *vm, struct ak_gmem *g);
+bool ak_gmem_held(const struct ak_gmem *g);
+int ak_gmem_fd(const struct ak_gmem *g);
+int ak_gmem_inject(struct ak_vm *vm, struct ak_gmem *g, u64 offset, int err);
+void ak_gmem_enter(struct ak_vcpu *v);
+bool ak_gmem_faultin(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enum ak_access access,
+                     struct ak_translation *t);
+int ak_emulator_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
+int ak_data_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
+u64 ak_gfn_to_hva(struct ak_vcpu *v, u64 gfn);
+int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2]);
+/* Whether an access to this slot (or to none) can be private or a guest_memfd's: nothing else costs anything. */
+static inline bool ak_may_be_private(const struct ak_vm *vm, const struct ak_slot *slot)
+{
+    return vm->nprivate || vm->private_gpa_mask || (slot && slot->gmem_only);
+}
 
 /* mmu.c */
 enum ak_walk { AK_WALK_OK = 0, AK_WALK_PF, AK_WALK_GP, AK_WALK_STAGE2 };

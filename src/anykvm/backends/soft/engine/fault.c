@@ -6,16 +6,20 @@
 #include <errno.h>
 #include <ucontext.h>
 
-/* kvm_mmu_faultin_pfn(): no slot, read-only slot, then the host page by the touch get_user_pages() would do. */
+/* kvm_mmu_faultin_pfn(): privacy and guest_memfd, no slot, read-only slot, then the host page by the touch
+ * get_user_pages() would do. */
 int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)
 {
     u64 gfn = gpa >> 12;
-    struct ak_slot *slot = ak_gfn_to_memslot(v->vm, gfn);
+    struct ak_slot *slot = gfn >> (AK_MAXPHYADDR - 12) ? NULL : ak_gfn_to_memslot(v->vm, gfn);
     t->gpa = gpa & AK_PAGE_MASK;
     t->fault_access = access;
-    if (!slot || gfn >> (AK_MAXPHYADDR - 12))
+    t->not_shared = t->annotate = 0;
+    t->slot_id = slot ? slot->id : 0;
+    if (ak_may_be_private(v->vm, slot) && ak_gmem_faultin(v, slot, gfn, access, t))
+        return t->pfn;
+    if (!slot)
         return t->pfn = KVM_PFN_NOSLOT;
-    t->slot_id = slot->id;
     if (access == AK_WRITE && (slot->flags & KVM_MEM_READONLY))
         return t->pfn = KVM_PFN_ERR_RO_FAULT;
     t->hva = t->fault_hva = slot->hva + ((gfn - slot->base_gfn) << 12);
@@ -33,9 +37,9 @@ static void __attribute__((noreturn)) fault_exit(struct ak_vcpu *v, struct ak_tr
     v->exit.host_fault = t->host_fault;
     v->exit.slot_id = t->slot_id;
     v->exit.size = AK_PAGE_SIZE;
-    v->exit.flags = 0;
-    v->exit.annotate = 0;
-    v->exit.err = -EFAULT;
+    v->exit.flags = t->flags;
+    v->exit.annotate = t->annotate;
+    v->exit.err = t->annotate ? t->err : -EFAULT;
     v->faults++;
     v->emulation = AK_NATIVE;
     v->emulate_alone = 0;
@@ -72,7 +76,7 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
     int r = ak_walk(v, addr, access, mmu_idx, true, &t);
     if (r == AK_WALK_OK && access == AK_READ && ak_answered(v, t.gpa)) {
         t.pfn = KVM_PFN_NOSLOT; /* the exit's answer counts, whatever the slots have become since */
-    } else if (r == AK_WALK_OK && ak_faultin_pfn(v, t.gpa, access, &t) == KVM_PFN_OK) {
+    } else if (r == AK_WALK_OK && ak_data_pfn(v, t.gpa, access, &t) == KVM_PFN_OK) {
         int prot = access == AK_WRITE ? t.prot & 3 : access == AK_FETCH ? t.prot & 5 : 1;
         bool transient = v->emulation != AK_NATIVE && access != AK_FETCH;
         if (access == AK_FETCH)

@@ -38,6 +38,18 @@ void ak_vm_set_tsc_khz(struct ak_vm *vm, u64 khz)
     vm->tsc_khz = khz;
 }
 
+/* What a new VM has from its type: the bit of guest addresses by which the guest says what is private, or 0. */
+void ak_vm_configure(struct ak_vm *vm, u64 private_gpa_mask)
+{
+    vm->private_gpa_mask = private_gpa_mask;
+}
+
+/* KVM_ENABLE_CAP(KVM_CAP_EXIT_HYPERCALL): a bit for each hypercall that user space answers. */
+void ak_vm_set_hypercall_exits(struct ak_vm *vm, u64 mask)
+{
+    vm->hypercall_exits = mask;
+}
+
 static int replace(struct ak_vm *vm, const struct ak_slot *old, const struct ak_slot *new)
 {
     int r = 0;

@@ -25,6 +25,9 @@ class AkSlot(ctypes.Structure):
         ("flags", ctypes.c_uint32),
         ("id", ctypes.c_uint32),
         ("dirty_bitmap", ctypes.c_void_p),
+        ("gmem", ctypes.c_uint64),
+        ("gmem_offset", ctypes.c_uint64),
+        ("gmem_only", ctypes.c_uint32),
     ]
 
 
@@ -44,6 +47,16 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_set_memslot": (_int, (_address, ctypes.POINTER(AkSlot), ctypes.POINTER(AkSlot))),
     "ak_poison": (_int, (_address, _u64, ctypes.c_bool)),
     "ak_mm_generation": (_u32, ()),
+    "ak_vm_configure": (None, (_address, _u64)),
+    "ak_vm_set_hypercall_exits": (None, (_address, _u64)),
+    # private memory
+    "ak_set_memory_attributes": (_int, (_address, _u64, _u64, ctypes.c_bool)),
+    "ak_gmem_create": (_int, (_address, _int, _u64, ctypes.POINTER(_address))),
+    "ak_gmem_destroy": (None, (_address, _address)),
+    "ak_gmem_held": (ctypes.c_bool, (_address,)),
+    "ak_gmem_fd": (_int, (_address,)),
+    "ak_gmem_inject": (_int, (_address, _address, _u64, _int)),
+    "ak_pre_fault_memory": (_int, (_address, ctypes.POINTER(_u64))),
     # host memory
     "ak_host_init": (_int, ()),
     "ak_self_test": (ctypes.c_char_p, ()),

@@ -42,19 +42,31 @@ static int page_fault(const struct walk *w, u32 bits, struct ak_translation *t)
 /* Read one table entry at gpa. */
 static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation *t)
 {
-    struct ak_slot *slot = ak_gfn_to_memslot(w->v->vm, gpa >> 12);
-    if (!slot)
+    struct ak_vm *vm = w->v->vm;
+    bool hardware = w->effects && w->v->emulation == AK_NATIVE; /* else KVM's software walker: by userspace_addr */
+    t->is_private = !!(gpa & vm->private_gpa_mask);
+    gpa &= ~vm->private_gpa_mask;
+    struct ak_slot *slot = ak_gfn_to_memslot(vm, gpa >> 12);
+    w->read_only = !w->effects || (slot && (slot->flags & KVM_MEM_READONLY));
+    if (hardware && ak_may_be_private(vm, slot) && ak_gmem_faultin(w->v, slot, gpa >> 12, AK_WRITE, t)) {
+        t->gpa = gpa & AK_PAGE_MASK;
+        t->fault_access = AK_WRITE;
+        t->slot_id = slot ? slot->id : 0;
+        if (t->pfn != KVM_PFN_OK)
+            return AK_WALK_STAGE2;
+        w->hva = t->hva | (gpa & ~AK_PAGE_MASK);
+    } else if (slot)
+        w->hva = slot->hva + (gpa - (slot->base_gfn << 12));
+    else
         return page_fault(w, 0, t);
-    w->read_only = !w->effects || (slot->flags & KVM_MEM_READONLY);
-    w->hva = slot->hva + (gpa - (slot->base_gfn << 12));
     int why = ak_host_load(w->hva, w->size, !w->read_only, entry);
     if (!why) {
         if (!w->read_only)
             ak_mark_page_dirty(w->v, slot, gpa >> 12);
         return AK_WALK_OK;
     }
-    if (w->v->emulation != AK_NATIVE || !w->effects)
-        return page_fault(w, 0, t); /* KVM's software walker: as if the entry were not present */
+    if (!hardware)
+        return page_fault(w, 0, t); /* as if the entry were not present */
     t->gpa = gpa & AK_PAGE_MASK;
     t->fault_hva = w->hva & AK_PAGE_MASK;
     t->fault_access = AK_WRITE;
@@ -75,7 +87,7 @@ static u64 reserved_bits(const struct walk *w, int level, bool leaf, bool pae, b
 {
     u64 reserved = 0;
     if (w->size == 8) {
-        reserved = PTE_ADDR & ~((1ull << AK_MAXPHYADDR) - 1);
+        reserved = PTE_ADDR & ~((1ull << AK_MAXPHYADDR) - 1) & ~w->v->vm->private_gpa_mask;
         if (!(w->v->env->efer & EFER_NXE))
             reserved |= PTE_NX;
         if (!lma)
@@ -156,7 +168,9 @@ static int walk_tables(struct walk *w, u64 va, int mmu_idx, int levels, bool lma
         u64 offset = (1ull << shift) - 1, base = pae ? entry & PTE_ADDR : entry & 0xfffff000u;
         if (!pae && large) /* PSE-36: bits 13..20 are address bits 32..39 */
             base = (entry & 0xffc00000u) | ((entry & 0x1fe000ull) << 19);
-        t->gpa = ((base & ~offset) | (va & offset)) & AK_PAGE_MASK;
+        u64 privacy = w->v->vm->private_gpa_mask;
+        t->is_private = !!(base & privacy);
+        t->gpa = ((base & ~privacy & ~offset) | (va & offset)) & AK_PAGE_MASK;
         t->error_code = (writable ? PF_W : 0) | (user ? PF_U : 0); /* for KVM_TRANSLATE */
         return AK_WALK_OK;
     }
@@ -171,6 +185,7 @@ int ak_walk(struct ak_vcpu *v, u64 va, enum ak_access access, int mmu_idx, bool 
     struct walk w = {.v = v, .access = access, .user = mmu_idx == MMU_USER_IDX, .effects = effects};
     if (!(env->cr[0] & CR0_PG)) {
         t->gpa = (u32)va & (u32)env->a20_mask & AK_PAGE_MASK;
+        t->is_private = 0; /* no page tables, so no bit */
         t->prot = 7;
         t->error_code = PF_W | PF_U;
         return AK_WALK_OK;

@@ -215,7 +215,7 @@ static u32 guest_copy(struct ak_vcpu *v, u64 va, u8 *data, u32 size, bool write)
             v->env->cr[2] = at;
             ak_raise(v, EXCP_PF, (int)t.error_code, 0);
         }
-        ak_faultin_pfn(v, t.gpa, write ? AK_WRITE : AK_READ, &t);
+        ak_emulator_pfn(v, t.gpa, write ? AK_WRITE : AK_READ, &t);
         u64 hva = t.hva | (at & ~AK_PAGE_MASK), gpa = t.gpa | (at & ~AK_PAGE_MASK);
         bool ram = t.pfn == KVM_PFN_OK;
         if (ram && (write ? ak_copy_out(hva, data + done, part) : ak_copy_in(data + done, hva, part)))

@@ -114,7 +114,7 @@ void ak_get_sregs(struct ak_vcpu *v, struct kvm_sregs *s)
 static int check_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
 {
     if ((s->efer & EFER_LME) && (s->cr0 & CR0_PG)) {
-        if (!(s->cr4 & CR4_PAE) || !(s->efer & EFER_LMA) || (s->cr3 >> AK_MAXPHYADDR))
+        if (!(s->cr4 & CR4_PAE) || !(s->efer & EFER_LMA) || ((s->cr3 & ~v->vm->private_gpa_mask) >> AK_MAXPHYADDR))
             return -EINVAL;
     } else if ((s->efer & EFER_LMA) || s->cs.l)
         return -EINVAL;

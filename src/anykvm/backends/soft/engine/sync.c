@@ -4,6 +4,8 @@
 #include <string.h>
 
 #define KVM_HYPERCALL_UNKNOWN ((u64)-1000) /* KVM_ENOSYS */
+#define KVM_HYPERCALL_DENIED ((u64)-1)     /* KVM_EPERM */
+#define HYPERCALL_LONG_MODE 1ull           /* KVM_EXIT_HYPERCALL_LONG_MODE */
 
 int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *events);
 void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *events);
@@ -111,11 +113,42 @@ void ak_exit_internal(struct ak_vcpu *v, u32 suberror)
     }
 }
 
-/* kvm_emulate_hypercall(): none is offered yet. */
-void ak_hypercall(struct ak_vcpu *v)
+/* complete_hypercall_exit(): the result, and the instruction (VMCALL or VMMCALL) is done. */
+static void finish_hypercall(struct ak_vcpu *v, u64 result)
 {
-    v->env->regs[R_EAX] = v->env->hflags & HF_CPL_MASK ? (u64)-1 : KVM_HYPERCALL_UNKNOWN;
+    v->env->regs[R_EAX] = v->env->hflags & HF_CS64_MASK ? result : (u32)result;
     v->env->eip += 3;
+}
+
+void ak_complete_hypercall(struct ak_vcpu *v)
+{
+    finish_hypercall(v, ak_run_hypercall(v->run)->ret);
+}
+
+/* kvm_emulate_hypercall(). True: KVM_HC_MAP_GPA_RANGE (gpa, pages, attributes), and user space asked to answer it; its
+ * arguments are in kvm_run. Any other is answered here. kvm_run.hypercall.ret is written in either case. */
+bool ak_hypercall(struct ak_vcpu *v)
+{
+    const u64 *regs = v->env->regs, mask = v->env->hflags & HF_CS64_MASK ? ~0ull : 0xffffffffull;
+    u64 nr = regs[R_EAX] & mask, gpa = regs[R_EBX] & mask, npages = regs[R_ECX] & mask, result = KVM_HYPERCALL_UNKNOWN;
+    struct ak_hypercall_exit *exit = ak_run_hypercall(v->run);
+    if (v->env->hflags & HF_CPL_MASK)
+        result = KVM_HYPERCALL_DENIED;
+    else if (nr == AK_HC_MAP_GPA_RANGE && (v->vm->hypercall_exits & (1ull << AK_HC_MAP_GPA_RANGE))) {
+        if (!(gpa & ~AK_PAGE_MASK) && (gpa >> 12) + npages > gpa >> 12) {
+            exit->nr = nr;
+            exit->ret = 0;
+            exit->args[0] = gpa;
+            exit->args[1] = npages;
+            exit->args[2] = regs[R_EDX] & mask;
+            exit->flags = mask == ~0ull ? HYPERCALL_LONG_MODE : 0;
+            return true;
+        }
+        result = (u64)-EINVAL;
+    }
+    exit->ret = result;
+    finish_hypercall(v, result);
+    return false;
 }
 
 /* Guest mode, once. */

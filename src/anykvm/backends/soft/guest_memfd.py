@@ -1,0 +1,132 @@
+"""KVM_CREATE_GUEST_MEMFD: files of guest memory. Source: virt/kvm/guest_memfd.c.
+
+The descriptor is a memfd of a size that nobody can change, so fallocate(2), fstat(2), mmap(2), dup(2) and SCM_RIGHTS work
+on it, and the guest sees at once what they do. A plain memfd cannot refuse, as the kernel's file does, what is done by
+raw system calls: read(2), write(2), pread(2), lseek(2), fallocate(2) without FALLOC_FL_KEEP_SIZE, with an unaligned
+range or beyond the end, mmap(2) of a file without GUEST_MEMFD_FLAG_MMAP or with MAP_PRIVATE, and touching a mapping of a
+file without GUEST_MEMFD_FLAG_INIT_SHARED; ftruncate(2) fails, but with EPERM instead of EINVAL. ``SoftBackend.mmap``
+refuses what the kernel refuses. Nothing here keeps the host out of private memory: there is no encryption.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import os
+import weakref
+from ctypes import byref, c_uint64
+from typing import TYPE_CHECKING, Final
+
+from anykvm.abi import constants as c
+from anykvm.abi.structures import kvm_create_guest_memfd
+from anykvm.backends.soft.engine.library import library
+from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.files import FILES, File
+from anykvm.backends.soft.pages import map_shared
+from anykvm.backends.soft.usercopy import copy_from_user
+
+if TYPE_CHECKING:
+    from anykvm.backends.soft.vm import Vm
+
+PAGE_SIZE: Final = 4096
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MAX_LFS_FILESIZE: Final = (1 << 63) - 1
+_serials: Final = itertools.count(1)
+
+
+class GuestMemfd(File):
+    """struct gmem_file. It keeps its VM; slots bound to it do not keep it: with its last descriptor and mapping go its
+    pages, and what the slots then hold is EFAULT."""
+
+    kind = "[guest-memfd]"
+
+    def __init__(self, vm: Vm, address: int, size: int, flags: int) -> None:
+        """``address`` of the engine's struct ak_gmem; ``flags`` GUEST_MEMFD_FLAG_*."""
+        self.vm = vm
+        self.address = address
+        self.size = size
+        self.flags = flags
+        self.serial = next(_serials)
+        """Never used twice, as ``address`` may be."""
+        self.hidden_fd = library().ak_gmem_fd(address)
+        if self.mappable:
+            self.mmap_size = size
+        finalizer = weakref.finalize(self, _release, vm, address, library().ak_mm_generation())
+        finalizer.atexit = False
+
+    @property
+    def mappable(self) -> bool:
+        """GUEST_MEMFD_FLAG_MMAP: user space may map it, and all guest accesses of its slots use it."""
+        return bool(self.flags & c.GUEST_MEMFD_FLAG_MMAP)
+
+    def released(self) -> bool:
+        """Say whether the last descriptor and the last mapping of the caller's have gone."""
+        return not library().ak_gmem_held(self.address)
+
+    def map(self, fd: int, length: int, offset: int) -> int:
+        """Map pages (kvm_gmem_mmap()); those of private memory are SIGBUS when touched (kvm_gmem_fault_user_mapping())."""
+        if self.flags & c.GUEST_MEMFD_FLAG_INIT_SHARED:
+            return map_shared(fd, length, offset)
+        nothing = os.memfd_create("guest_memfd-private", os.MFD_CLOEXEC)
+        try:
+            return map_shared(nothing, length, 0)
+        finally:
+            os.close(nothing)
+
+
+def _release(vm: Vm, address: int, generation: int) -> None:
+    """kvm_gmem_release(). A forked child's copy is left alone."""
+    engine = library()
+    if engine.ak_mm_generation() == generation:
+        engine.ak_gmem_destroy(vm.address, address)
+
+
+def create_guest_memfd(vm: Vm, arg: int) -> int:
+    """KVM_CREATE_GUEST_MEMFD: returns a descriptor, which a program that is executed inherits.
+
+    Refused: EFAULT; EINVAL for flags this VM does not have, a size that is not positive or not page aligned.
+    Raises OSError: EMFILE; ENOMEM, also for a size that cannot be mapped; what open(2) says without /proc.
+    """
+    request = copy_from_user(kvm_create_guest_memfd, arg)
+    valid = vm.check_extension(c.KVM_CAP_GUEST_MEMFD_FLAGS)
+    if request.flags & ~valid:
+        raise Refused(errno.EINVAL, f"flags: {request.flags & ~valid:#x} is not among KVM_CAP_GUEST_MEMFD_FLAGS")
+    size = request.size
+    if not 0 < size <= _MAX_LFS_FILESIZE or size % PAGE_SIZE:
+        raise Refused(errno.EINVAL, f"size is {size:#x}: it must be positive and page aligned")
+    fd = os.memfd_create("guest_memfd", os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        os.fchmod(fd, 0o600)
+        os.set_inheritable(fd, True)
+        address = c_uint64()
+        result: int = library().ak_gmem_create(vm.address, fd, size, byref(address))
+        if result:
+            raise Refused(-result, f"a file of {size:#x} bytes cannot be mapped")
+        FILES.install(fd, GuestMemfd(vm, address.value, size, request.flags))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def fail_page(fd: int, offset: int, error: int) -> None:
+    """Let the look-up of one page of a guest_memfd fail: for tests of what needs a broken or exhausted machine.
+
+    ``error``: EHWPOISON, ENOMEM or any other errno, which KVM_RUN and KVM_PRE_FAULT_MEMORY return with KVM_EXIT_MEMORY_FAULT
+    (mmu.c:kvm_mmu_faultin_pfn_gmem()); 0 ends it. ``offset`` in bytes, of any byte of the page. In force for every vCPU
+    on return. Raises OSError: EBADF, EINVAL for a descriptor that is no guest_memfd or an offset beyond its end, ENOMEM.
+    """
+    try:
+        file = FILES.get(fd)
+    except Refused as refused:
+        code = errno.EINVAL if refused.errno == errno.ENOTTY else refused.errno
+        raise OSError(code, os.strerror(code)) from None
+    if not isinstance(file, GuestMemfd) or not 0 <= offset < file.size:
+        raise OSError(errno.EINVAL, f"fail_page(fd={fd}, offset={offset:#x}): not in a guest_memfd")
+    page = offset // PAGE_SIZE * PAGE_SIZE
+    result: int = library().ak_gmem_inject(file.vm.address, file.address, page, error)
+    if result:
+        raise OSError(-result, os.strerror(-result))

@@ -1,0 +1,44 @@
+"""KVM_PRE_FAULT_MEMORY. Source: kvm_main.c:kvm_vcpu_pre_fault_memory()."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from typing import TYPE_CHECKING, Final
+
+from anykvm.abi.structures import kvm_pre_fault_memory
+from anykvm.backends.soft.engine.library import library
+from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.usercopy import copy_from_user, copy_to_user
+
+if TYPE_CHECKING:
+    from anykvm.backends.soft.vcpu import VcpuFile
+
+PAGE_SIZE: Final = 4096
+_U64: Final = (1 << 64) - 1
+
+
+def pre_fault_memory(file: VcpuFile, arg: int) -> int:
+    """KVM_PRE_FAULT_MEMORY: reach the host page of every guest page of a range as a guest's read would.
+
+    ``gpa`` and ``size`` are moved past what was done, and the result is 0 if that is anything. A page that fails as
+    private or guest_memfd memory sets ``exit_reason`` and ``memory_fault`` in kvm_run, even then.
+    Refused, at the first page: ENOENT (no slot), EFAULT, EHWPOISON, ENOMEM, EINTR (a poisoned page of ordinary memory:
+    with SIGBUS); EFAULT, and EINVAL for flags and a range that is empty, unaligned or wraps. It is not interrupted by
+    signals, unlike the kernel's.
+    """
+    request = copy_from_user(kvm_pre_fault_memory, arg)
+    gpa, size = request.gpa, request.size
+    if request.flags:
+        raise Refused(errno.EINVAL, f"flags: {request.flags:#x}, not 0")
+    if gpa % PAGE_SIZE or size % PAGE_SIZE:
+        raise Refused(errno.EINVAL, "gpa or size is not page aligned")
+    if size == 0 or gpa + size > _U64:
+        raise Refused(errno.EINVAL, "size is 0, or gpa + size wraps")
+    area = (ctypes.c_uint64 * 2)(gpa, size)
+    result: int = library().ak_pre_fault_memory(file, area)
+    request.gpa, request.size = area
+    copy_to_user(arg, request)
+    if result:
+        raise Refused(-result, f"the page at gpa {request.gpa:#x}")
+    return 0
