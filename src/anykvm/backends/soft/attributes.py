@@ -28,9 +28,9 @@ KVM_EXIT_HYPERCALL_VALID_MASK: Final = 1 << KVM_HC_MAP_GPA_RANGE
 def set_memory_attributes(vm: Vm, arg: int) -> int:
     """KVM_SET_MEMORY_ATTRIBUTES: 0, or KVM_MEMORY_ATTRIBUTE_PRIVATE in a VM with private memory.
 
-    In force for every vCPU on return. No slot need be there, and what slots hold is not touched: both memories of a page
-    keep their data. Refused: EFAULT, ENOMEM; EINVAL for flags, attributes this VM does not have, and a range that is
-    empty, unaligned or wraps.
+    In force for every vCPU on return. No slot need be there, and what slots hold is not touched: both memories of a
+    page keep their data. Refused: EFAULT, ENOMEM; EINVAL for flags, attributes this VM does not have, and a range that
+    is empty, unaligned or wraps.
     """
     request = copy_from_user(kvm_memory_attributes, arg)
     valid = vm.check_extension(c.KVM_CAP_MEMORY_ATTRIBUTES)

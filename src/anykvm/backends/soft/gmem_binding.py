@@ -48,9 +48,7 @@ class Bindings:
             raise Refused(errno.EINVAL, f"guest_memfd: {region.guest_memfd} is not a guest_memfd of this VM")
         if region.guest_memfd_offset + region.memory_size > file.size:
             raise Refused(errno.EINVAL, f"guest_memfd_offset + memory_size is beyond the file's {file.size:#x} bytes")
-        return file, Binding(
-            file.serial, region.guest_memfd_offset, region.memory_size, file.address, file.mappable
-        )
+        return file, Binding(file.serial, region.guest_memfd_offset, region.memory_size, file.address, file.mappable)
 
     def overlap(self, binding: Binding) -> bool:
         """Say whether a page of it belongs to a slot already."""
