@@ -1,4 +1,4 @@
-"""Several vCPUs of one VM, each in its thread: atomics, code written by another vCPU, slots changed under running guests."""
+"""Several vCPUs of one VM, each in its thread: atomics, code another vCPU writes, slots changed under running guests."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from machine import CODE, DATA, Machine
 
 import anykvm
 from anykvm import GuestMemory, Hlt, Intr, Io, Mmio, Vcpu
+from machine import CODE, DATA, Machine
 
 HIGH = 0x1000000
 
