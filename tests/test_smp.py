@@ -1,4 +1,4 @@
-"""Several vCPUs of one VM, each in its thread: atomics, code another vCPU writes, slots changed under running guests."""
+"""Several vCPUs of one VM, a thread each: atomics, code another vCPU writes, slots changed under running guests."""
 
 from __future__ import annotations
 
