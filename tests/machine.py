@@ -70,6 +70,7 @@ class Machine:
         self.slot = self.vm.map(self.memory, 0)
         self.vcpu: Vcpu = self.vm.create_vcpu()
         self.vcpu.set_cpuid2(kvm.get_supported_cpuid())
+        self.extra: list[Vcpu] = []
 
     def __enter__(self) -> Machine:
         return self

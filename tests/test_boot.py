@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from machine import assemble
-
 import anykvm
 from anykvm import GuestMemory, Hlt, Io, Vcpu
+from machine import assemble
 
 ROM = 0xFFFF0000
 RAM = 0xF0000

@@ -1,5 +1,5 @@
-"""Slots, host mappings and guest accesses in any order, against a small model: every access has exactly the outcome that
-the slots and the host's mapping say at that moment."""
+"""Slots, host mappings and guest accesses in any order, against a small model: every access has exactly the outcome
+that the slots and the host's mapping say at that moment."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import errno
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from machine import CODE, Machine, assemble
 
 import anykvm
 from anykvm import GuestMemory, Hlt, MemoryFault, Mmio, abi
+from machine import CODE, Machine, assemble
 
 PAGE = 4096
 PAGES = 4

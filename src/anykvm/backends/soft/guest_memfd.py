@@ -1,16 +1,16 @@
 """KVM_CREATE_GUEST_MEMFD: files of guest memory. Source: virt/kvm/guest_memfd.c.
 
 The descriptor is a memfd of a size that nobody can change, so fallocate(2), fstat(2), mmap(2), dup(2) and SCM_RIGHTS
-work on it, and the guest sees at once what they do. A plain memfd cannot refuse, as the kernel's file does, what is done
-by raw system calls: read(2), write(2), pread(2), lseek(2), fallocate(2) without FALLOC_FL_KEEP_SIZE or with an unaligned
-range, mmap(2) of a file without GUEST_MEMFD_FLAG_MMAP or with MAP_PRIVATE, and touching a mapping of a file without
-GUEST_MEMFD_FLAG_INIT_SHARED. ftruncate(2) and fallocate(2) beyond the end fail, but with EPERM instead of EINVAL;
-fstat(2) counts the file's blocks. ``SoftBackend.mmap`` refuses what the kernel refuses. Nothing here keeps the host out
-of private memory: there is no encryption.
+work on it, and the guest sees at once what they do. A plain memfd cannot refuse, as the kernel's file does, what is
+done by raw system calls: read(2), write(2), pread(2), lseek(2), fallocate(2) without FALLOC_FL_KEEP_SIZE or with an
+unaligned range, mmap(2) of a file without GUEST_MEMFD_FLAG_MMAP or with MAP_PRIVATE, and touching a mapping of a file
+without GUEST_MEMFD_FLAG_INIT_SHARED. ftruncate(2) and fallocate(2) beyond the end fail, but with EPERM instead of
+EINVAL; fstat(2) counts the file's blocks. ``SoftBackend.mmap`` refuses what the kernel refuses. Nothing here keeps the
+host out of private memory: there is no encryption.
 
-When the caller's last descriptor and mapping are gone, the file is: at once if a descriptor is closed by
-``SoftBackend.close``, else (close(2), munmap(2)) when a vCPU next enters the guest, or after the millisecond for which one
-runs there.
+When the caller's last descriptor and mapping are gone, so is the file: at once if a descriptor is closed by
+``SoftBackend.close``; else (close(2), munmap(2)) when a vCPU next enters the guest, which one that is running there
+does every millisecond.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def fail_page(fd: int, offset: int, error: int) -> None:
     """Let the look-up of one page of a guest_memfd fail: for tests of what needs a broken or exhausted machine.
 
     ``error``: EHWPOISON, ENOMEM or any other errno, which KVM_RUN and KVM_PRE_FAULT_MEMORY return with
-    KVM_EXIT_MEMORY_FAULT (mmu.c:kvm_mmu_faultin_pfn_gmem()); 0 ends it. ``offset`` in bytes, of any byte of the page. In
-    force for every vCPU on return.
+    KVM_EXIT_MEMORY_FAULT (mmu.c:kvm_mmu_faultin_pfn_gmem()); 0 ends it. ``offset`` in bytes, of any byte of the page.
+    In force for every vCPU on return.
     Raises OSError: EBADF; EINVAL for a descriptor that is no guest_memfd, an offset beyond its end; ENOMEM.
     """
     try:

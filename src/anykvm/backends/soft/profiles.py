@@ -36,10 +36,10 @@ class Profile:
     """A triple fault leaves the vCPU reset (else: its registers stay, to be looked at)."""
     purge: Purge = Purge.VCPU_RUN
     private_gpa_bit: int | None = None
-    """In a KVM_X86_SW_PROTECTED_VM, the bit (40 to 51) of page table entries and CR3 by which the guest itself says that
-    an access is private, as SEV-SNP's C-bit does, without the encryption; without paging, accesses are shared. An access
-    that does not fit the page's attribute is then EFAULT with memory_fault, in both directions. None: the access follows
-    the attribute, as mainline's does in such a VM, and can never mismatch."""
+    """In a KVM_X86_SW_PROTECTED_VM, the bit (40 to 51) of page table entries and CR3 by which the guest itself says
+    that an access is private, as SEV-SNP's C-bit does, without the encryption; without paging, accesses are shared. An
+    access that does not fit the page's attribute is then EFAULT with memory_fault, in both directions. None: the access
+    follows the attribute, as mainline's does in such a VM, and can never mismatch."""
     capabilities: Mapping[int, int] = field(default_factory=_nothing)
     """Values of KVM_CHECK_EXTENSION that differ from ``capabilities.CAPABILITIES``."""
     cites: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

@@ -56,6 +56,8 @@ void helper_cpuid_x86_64(struct CPUX86State *env)
     env->regs[R_EBX] = out[1];
     env->regs[R_ECX] = out[2];
     env->regs[R_EDX] = out[3];
+    if (ak_current->vm->nvcpus > 1)
+        ak_kick(ak_current); /* CPUID serializes: code that another vCPU wrote is compared on the next entry */
 }
 
 static void rdtsc(struct CPUX86State *env, uintptr_t retaddr)

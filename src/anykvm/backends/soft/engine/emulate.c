@@ -258,16 +258,27 @@ LOAD(helper_le_ldq_mmu_x86_64, u64, 8)
 LOAD(helper_le_ldsw_mmu_x86_64, int16_t, 2)
 LOAD(helper_le_ldsl_mmu_x86_64, int32_t, 4)
 
+/* Run the instruction at RIP alone and without atomics, from the next entry on. */
+void ak_emulate_alone(struct ak_vcpu *v)
+{
+    v->emulation = AK_ARMED;
+    v->emulate_alone = 1;
+    v->emulate_gpa = ~0ull; /* for want of atomicity, not because of a device */
+    v->emulate_reached = 0;
+    v->nlog = v->nreplay = v->nfragments = v->fragment = 0;
+}
+
 /* A locked access that cannot be one host atomic: unaligned, or to a device. The engine would leave with an exception
- * nobody handles; run the instruction alone, without atomics. Device memory has no atomicity to lose. */
+ * nobody handles. It is run alone, without atomics: on memory while no other vCPU of the VM is in guest mode (sync.c:
+ * ak_run_guest()); device memory has no atomicity to lose. */
 void cpu_loop_exit_atomic_x86_64(struct CPUState *cpu, uintptr_t retaddr)
 {
     struct ak_vcpu *v = ak_current;
-    v->emulate_alone = 1;
     if (v->emulation == AK_NATIVE) {
-        v->emulate_gpa = ~0ull; /* for want of atomicity, not because of a device */
-        ak_emulate_start(v, retaddr);
+        v->exclusive = 1;
+        ak_leave(v, AK_EXIT_KICKED, retaddr);
     }
+    v->emulate_alone = 1;
     v->emulation = AK_ARMED;
     cpu->cflags_next_tb = ak_alone_cflags(v);
     cpu->exception_index = -1;

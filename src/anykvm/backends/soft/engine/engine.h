@@ -195,6 +195,7 @@ struct ak_vcpu {
     u32 ncpuid;
     volatile u32 kick;
     u32 emulation;            /* enum ak_emulation */
+    u32 exclusive;            /* the next instruction is a locked one for which the whole VM waits */
     u32 emulate_alone;        /* CF_PARALLEL off: an atomic that cannot be one on this memory */
     u32 nlog, nreplay;
     struct ak_access_log log[AK_LOG];
@@ -343,6 +344,7 @@ int ak_translate(struct ak_vcpu *v, u64 va, u64 *gpa, u32 *writeable, u32 *userm
 
 /* emulate.c */
 void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
+void ak_emulate_alone(struct ak_vcpu *v);
 u32 ak_alone_cflags(const struct ak_vcpu *v);
 bool ak_emulate_boundary(struct ak_vcpu *v);
 bool ak_next_fragment(struct ak_vcpu *v);

@@ -14,7 +14,7 @@ struct guard {
     enum ak_host_fault outcome;
     u64 address;
 };
-static __thread struct guard guard;
+static __thread struct guard guard __attribute__((tls_model("initial-exec"))); /* no allocation in a handler */
 static struct sigaction previous[2];
 
 bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why, ucontext_t *uc);

@@ -43,17 +43,17 @@ static int page_fault(const struct walk *w, u32 bits, struct ak_translation *t)
 static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation *t)
 {
     struct ak_vm *vm = w->v->vm;
-    bool hardware = w->effects && w->v->emulation == AK_NATIVE; /* else KVM's software walker: by userspace_addr */
+    bool hardware = w->effects && w->v->emulation == AK_NATIVE; /* else KVM's software walker */
     t->is_private = !!(gpa & vm->private_gpa_mask);
     gpa &= ~vm->private_gpa_mask;
     struct ak_slot *slot = ak_gfn_to_memslot(vm, gpa >> 12);
     w->read_only = !w->effects || (slot && (slot->flags & KVM_MEM_READONLY));
-    if (hardware && ak_may_be_private(vm, slot) && ak_gmem_faultin(w->v, slot, gpa >> 12, AK_WRITE, t)) {
+    if (w->effects && ak_may_be_private(vm, slot) && ak_gmem_faultin(w->v, slot, gpa >> 12, AK_WRITE, t)) {
         t->gpa = gpa & AK_PAGE_MASK;
         t->fault_access = AK_WRITE;
         t->slot_id = slot ? slot->id : 0;
         if (t->pfn != KVM_PFN_OK)
-            return AK_WALK_STAGE2;
+            return hardware ? AK_WALK_STAGE2 : page_fault(w, 0, t);
         w->hva = t->hva | (gpa & ~AK_PAGE_MASK);
     } else if (slot)
         w->hva = slot->hva + (gpa - (slot->base_gfn << 12));

@@ -151,9 +151,26 @@ bool ak_hypercall(struct ak_vcpu *v)
     return false;
 }
 
+/* One locked instruction that no host atomic can do: the whole VM waits for it. */
+static void run_exclusive(struct ak_vcpu *v)
+{
+    bool completing = v->stopping;
+    v->exclusive = 0;
+    ak_emulate_alone(v);
+    v->stopping = 1;
+    ak_vm_pause(v->vm);
+    ak_enter(v);
+    ak_vm_resume(v->vm, false);
+    v->stopping = completing;
+}
+
 /* Guest mode, once. */
 void ak_run_guest(struct ak_vcpu *v)
 {
+    if (v->exclusive) {
+        run_exclusive(v);
+        return;
+    }
     ak_guest_enter(v);
     v->in_guest = 1;
     ak_ticker_arm(v);

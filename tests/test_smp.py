@@ -1,0 +1,154 @@
+"""Several vCPUs of one VM, a thread each: atomics, code another vCPU writes, slots changed under running guests."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+import anykvm
+from anykvm import GuestMemory, Hlt, Intr, Io, Mmio, Vcpu
+from machine import CODE, DATA, Machine
+
+HIGH = 0x1000000
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    with anykvm.open("soft") as kvm, Machine(kvm) as made:
+        yield made
+
+
+def second(machine: Machine, rip: int, stack: int = 0x50000) -> Vcpu:
+    """Another vCPU in the same mode."""
+    vcpu = machine.vm.create_vcpu(len(machine.extra) + 1)
+    vcpu.set_cpuid2(machine.kvm.get_supported_cpuid())
+    vcpu.set_sregs(machine.vcpu.get_sregs())
+    regs = machine.vcpu.get_regs()
+    regs.rip, regs.rsp = rip, stack
+    vcpu.set_regs(regs)
+    machine.extra.append(vcpu)
+    return vcpu
+
+
+def together(*bodies: Callable[[], object]) -> None:
+    """Run each in a thread; an exception in one is raised here."""
+    errors: list[BaseException] = []
+
+    def guard(body: Callable[[], object]) -> None:
+        try:
+            body()
+        except BaseException as error:  # noqa: BLE001 - reported below
+            errors.append(error)
+
+    threads = [threading.Thread(target=guard, args=(body,)) for body in bodies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def halts(vcpu: Vcpu) -> None:
+    exit = vcpu.run()
+    assert exit == Hlt(), exit
+
+
+@pytest.mark.parametrize("at", [DATA, DATA + 0x3F, DATA + 0xFFD])
+def test_locked_increments(machine: Machine, at: int) -> None:
+    """Aligned, across a cache line, across a page: none is lost."""
+    count = 200000 if at == DATA else 1000
+    machine.long_mode(f"mov ${count}, %ecx; 1: lock incq ({at:#x}); dec %ecx; jnz 1b; hlt")
+    other = second(machine, CODE)
+    together(lambda: halts(machine.vcpu), lambda: halts(other))
+    assert int.from_bytes(machine.memory.read(at, 8), "little") == 2 * count
+
+
+def test_code_written_by_another_vcpu(machine: Machine) -> None:
+    """One vCPU rewrites a function and counts up; the other, after CPUID, runs it and checks what it returns."""
+    machine.long_mode(
+        """1: mov (0x60000), %ebx               # the round that the writer has finished
+        cmp $2000, %ebx; je 9f
+        xor %eax, %eax; cpuid               # serialize
+        mov (0x60000), %ebp
+        call target
+        cmp %ebp, %eax; jb 8f               # older than what was announced before the call
+        jmp 1b
+        8: ud2
+        9: hlt
+        .org 0x200
+        target: mov $0, %eax; ret
+        .org 0x300
+        writer: xor %ecx, %ecx
+        2: inc %ecx
+        mov %ecx, target + 1
+        mov %ecx, (0x60000)
+        cmp $2000, %ecx; jne 2b
+        hlt"""
+    )
+    writer = second(machine, CODE + 0x300)
+    together(lambda: halts(machine.vcpu), lambda: halts(writer))
+
+
+def test_slot_deleted_under_a_running_guest(machine: Machine) -> None:
+    """When the ioctl has returned, the old memory is not written any more."""
+    with GuestMemory(4096) as ram:
+        machine.long_mode(f"mov ${HIGH}, %edi; 1: incq (%rdi); jmp 1b")
+        exits: list[object] = []
+        slot = machine.vm.map(ram, HIGH)
+        runner = threading.Thread(target=lambda: exits.append(machine.vcpu.run()))
+        runner.start()
+        counter = ctypes.c_uint64.from_address(ram.address)
+        for _ in range(50):
+            before = counter.value
+            while counter.value == before:
+                pass
+            machine.vm.unmap(slot)
+            stopped = counter.value
+            runner.join()
+            exit = exits.pop()
+            assert isinstance(exit, Mmio) and exit.phys_addr == HIGH and not exit.is_write
+            assert counter.value == stopped
+            exit.respond(stopped)
+            write = machine.vcpu.run()
+            assert write == Mmio(HIGH, (stopped + 1).to_bytes(8, "little"), 8, True)
+            slot = machine.vm.map(ram, HIGH)
+            runner = threading.Thread(target=lambda: exits.append(machine.vcpu.run()))
+            runner.start()
+        machine.vm.unmap(slot)
+        runner.join()
+
+
+def test_two_vcpus_exit_independently(machine: Machine) -> None:
+    machine.long_mode("mov $2000, %ecx; 1: mov %cl, %al; out %al, $0xe9; dec %ecx; jnz 1b; hlt")
+    other = second(machine, CODE)
+
+    def count(vcpu: Vcpu) -> None:
+        left = 2000
+        while isinstance(exit := vcpu.run(), Io):
+            assert exit.data == bytes([left & 0xFF])
+            left -= 1
+        assert exit == Hlt() and left == 0
+
+    together(lambda: count(machine.vcpu), lambda: count(other))
+
+
+def test_signal_kicks_the_vcpu_of_its_thread(machine: Machine) -> None:
+    machine.long_mode("1: jmp 1b")
+    other = second(machine, CODE)
+    old = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGUSR1, old)
+        seen: list[object] = []
+        thread = threading.Thread(target=lambda: seen.append(other.run()))
+        thread.start()
+        assert thread.ident is not None
+        while not seen:
+            signal.pthread_kill(thread.ident, signal.SIGUSR1)
+            thread.join(0.001)
+        assert seen == [Intr(anykvm.abi.KVM_EXIT_INTR)]
