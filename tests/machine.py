@@ -63,10 +63,10 @@ class Trap:
 class Machine:
     """One vCPU in 64-bit mode over `size` bytes of memory at gpa 0, mapped one to one by 2 MiB pages."""
 
-    def __init__(self, kvm: Kvm, size: int = 4 << 20) -> None:
+    def __init__(self, kvm: Kvm, size: int = 4 << 20, type: int = 0) -> None:
         self.kvm = kvm
         self.memory = GuestMemory(size)
-        self.vm: Vm = kvm.create_vm()
+        self.vm: Vm = kvm.create_vm(type)
         self.slot = self.vm.map(self.memory, 0)
         self.vcpu: Vcpu = self.vm.create_vcpu()
         self.vcpu.set_cpuid2(kvm.get_supported_cpuid())

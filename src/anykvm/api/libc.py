@@ -19,6 +19,8 @@ MAP_FIXED: Final = 0x10
 MAP_FIXED_NOREPLACE: Final = 0x100000
 MADV_DONTNEED: Final = 4
 MADV_REMOVE: Final = 9
+FALLOC_FL_KEEP_SIZE: Final = 1
+FALLOC_FL_PUNCH_HOLE: Final = 2
 
 _FAILED: Final = ctypes.c_void_p(-1).value
 _libc: Final = ctypes.CDLL(None, use_errno=True)
@@ -39,6 +41,7 @@ for _name in ("process_vm_readv", "process_vm_writev"):
 for _name in ("mprotect", "madvise"):
     getattr(_libc, _name).argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def _fail(what: str) -> OSError:
@@ -70,6 +73,12 @@ def madvise(address: int, length: int, advice: int) -> None:
     """madvise(2). Raises OSError with its errno."""
     if _libc.madvise(address, length, advice):
         raise _fail(f"madvise({address:#x}, {length:#x}, {advice})")
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2), which Python has without modes. Raises OSError with its errno."""
+    if _libc.fallocate(fd, mode, offset, length):
+        raise _fail(f"fallocate({fd}, {mode}, {offset:#x}, {length:#x})")
 
 
 def copy_out(address: int, length: int) -> bytes:

@@ -53,8 +53,8 @@ class VcpuFeatures(Handle):
         """KVM_PRE_FAULT_MEMORY: fault in guest memory as a read would; returns what remains.
 
         ``.size`` is 0 when all was done. An error means that nothing was.
-        Raises OSError: ENOENT where no slot is, EFAULT, EINVAL, EAGAIN, EINTR, EOPNOTSUPP. It may write kvm_run's
-        memory_fault though it is not KVM_RUN.
+        Raises OSError: ENOENT where no slot is, EFAULT, EHWPOISON, ENOMEM, EINVAL, EAGAIN, EINTR, EOPNOTSUPP. It may
+        write kvm_run's memory_fault though it is not KVM_RUN.
         """
         fields = {"gpa": gpa, "size": size, "flags": flags}
         what = s.kvm_pre_fault_memory(**fields)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from anykvm.abi import ioctls as n
 from anykvm.abi import structures as s
+from anykvm.api import libc
 from anykvm.api.handle import Handle
 from anykvm.api.memory import PAGE_SIZE, GuestMemory
 from anykvm.api.region import why_region_refused
@@ -160,6 +161,16 @@ class VmMemory(Handle):
             return ("size is 0 or not page aligned" if bad_size else None) if errno == _errno.EINVAL else None
 
         return self._call(n.KVM_CREATE_GUEST_MEMFD, s.kvm_create_guest_memfd(**fields), fields, why)
+
+    def discard_guest_memfd(self, fd: int, offset: int, size: int) -> None:
+        """Give pages of a guest_memfd back, in bytes: they are zero when next used, for every guest at once.
+
+        fallocate(2) with FALLOC_FL_PUNCH_HOLE. A VMM does it to private memory that the guest has made shared.
+        Raises OSError: EINVAL for a range that is empty or not page aligned.
+        """
+        if offset % PAGE_SIZE or size % PAGE_SIZE:
+            raise OSError(_errno.EINVAL, f"discard_guest_memfd(offset={offset:#x}, size={size:#x}): not page aligned")
+        libc.fallocate(fd, libc.FALLOC_FL_PUNCH_HOLE | libc.FALLOC_FL_KEEP_SIZE, offset, size)
 
     def register_coalesced_mmio(self, addr: int, size: int, pio: bool = False) -> None:
         """KVM_REGISTER_COALESCED_MMIO: collect writes to a range in the vCPU's ring."""
