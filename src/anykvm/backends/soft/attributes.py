@@ -40,8 +40,9 @@ def set_memory_attributes(vm: Vm, arg: int) -> int:
         raise Refused(errno.EINVAL, f"attributes: {request.attributes & ~valid:#x} is not among those of this VM")
     if request.size == 0 or request.address + request.size > _U64:
         raise Refused(errno.EINVAL, "size is 0, or address + size wraps")
-    if request.address % PAGE_SIZE or request.size % PAGE_SIZE:
-        raise Refused(errno.EINVAL, "address or size is not page aligned")
+    for name in ("address", "size"):
+        if getattr(request, name) % PAGE_SIZE:
+            raise Refused(errno.EINVAL, f"{name} is not page aligned")
     gfn, npages = request.address // PAGE_SIZE, request.size // PAGE_SIZE
     result: int = library().ak_set_memory_attributes(vm.address, gfn, npages, bool(request.attributes))
     if result:

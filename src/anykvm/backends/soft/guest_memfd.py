@@ -10,7 +10,7 @@ host out of private memory: there is no encryption.
 
 When the caller's last descriptor and mapping are gone, so is the file: at once if a descriptor is closed by
 ``SoftBackend.close``; else (close(2), munmap(2)) when a vCPU next enters the guest, which one that is running there
-does every millisecond.
+does every millisecond. The pages themselves go when any KVM file is next closed by the backend.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def create_guest_memfd(vm: Vm, arg: int) -> int:
         raise Refused(errno.EINVAL, f"flags: {request.flags & ~valid:#x} is not among KVM_CAP_GUEST_MEMFD_FLAGS")
     size = request.size
     if not 0 < size <= _MAX_LFS_FILESIZE or size % PAGE_SIZE:
-        raise Refused(errno.EINVAL, f"size is {size:#x}: it must be positive and page aligned")
+        raise Refused(errno.EINVAL, f"size is 0 or not page aligned, or beyond files: {size:#x}")
     fd = os.memfd_create("guest_memfd", os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size)

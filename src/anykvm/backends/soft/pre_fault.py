@@ -40,5 +40,5 @@ def pre_fault_memory(file: VcpuFile, arg: int) -> int:
     request.gpa, request.size = area
     copy_to_user(arg, request)
     if result:
-        raise Refused(-result, f"the page at gpa {request.gpa:#x}")
+        raise Refused(-result, "no slot at gpa" if result == -errno.ENOENT else "the page at gpa cannot be had")
     return 0
