@@ -179,6 +179,17 @@ def test_a_locked_access_over_two_private_pages(guest: PrivateGuest) -> None:
     assert guest.shared.read(4092, 8) == b"\x77" * 8
 
 
+def test_instructions_that_are_looked_at_are_private_too(guest: PrivateGuest) -> None:
+    """OUTS and a hypercall in a private page, whose shared memory holds something else."""
+    guest.load("movl $0xc1010f6e, (%rbx); movb $0xf4, 4(%rbx); mov $0xe9, %edx; mov $0x60000, %esi; jmp *%rbx")
+    guest.memory[DATA] = 0x41
+    guest.shared.write(0, b"\x0f\x0b" * 4)  # UD2
+    guest.private()
+    assert guest.vcpu.run() == anykvm.Io(anykvm.Io.OUT, 0xE9, 1, 1, b"A")
+    assert guest.vcpu.run() == Hlt()
+    assert guest.rax() == 2**64 - 1000  # KVM_ENOSYS
+
+
 # -- conversion --------------------------------------------------------------------------------------------------------
 
 

@@ -41,19 +41,35 @@ static bool kvm_emulates(const u8 *code, u32 size, bool mode64)
              second == 0xc2 || (second >= 0xc4 && second <= 0xc6) || (second >= 0xd0 && second != 0xe7));
 }
 
-/* The instruction at RIP as KVM's emulator fetches it: 15 bytes, or to the end of the page. Returns how many. */
-u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15])
+/* Bytes of the page at a linear address, without side effects and without a fault. Returns how many, at most `most`. */
+static u32 peek(struct ak_vcpu *v, u64 va, u8 *bytes, u32 most)
 {
-    u64 va = v->env->segs[R_CS].base + v->env->eip, gpa;
-    u32 room, writable, user;
-    if (!(v->env->hflags & HF_CS64_MASK))
-        va = (u32)va;
-    room = (u32)(AK_PAGE_SIZE - (va & ~AK_PAGE_MASK));
-    room = room < 15 ? room : 15;
+    u64 gpa;
+    u32 room = (u32)(AK_PAGE_SIZE - (va & ~AK_PAGE_MASK)), writable, user;
+    room = room < most ? room : most;
     u64 hva = ak_translate(v, va, &gpa, &writable, &user) ? 0 : ak_gfn_to_hva(v, gpa >> 12);
     if (!hva || ak_copy_in(bytes, hva | (gpa & ~AK_PAGE_MASK), room))
         return 0;
     return room;
+}
+
+static u64 linear_rip(const struct ak_vcpu *v)
+{
+    u64 va = v->env->segs[R_CS].base + v->env->eip;
+    return v->env->hflags & HF_CS64_MASK ? va : (u32)va;
+}
+
+/* The instruction at RIP as KVM's emulator fetches it: 15 bytes, or to the end of the page. Returns how many. */
+u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15])
+{
+    return peek(v, linear_rip(v), bytes, 15);
+}
+
+/* The same over the end of the page: 15 bytes, or as many as can be read. What cannot be read is no instruction. */
+u32 ak_peek_instruction(struct ak_vcpu *v, u8 bytes[15])
+{
+    u32 n = peek(v, linear_rip(v), bytes, 15);
+    return n && n < 15 ? n + peek(v, linear_rip(v) + n, bytes + n, 15 - n) : n;
 }
 
 /* Start: forget this instruction's effects so far (none is visible yet) and run it as a block of its own. */

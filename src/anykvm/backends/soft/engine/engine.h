@@ -345,6 +345,8 @@ int ak_translate(struct ak_vcpu *v, u64 va, u64 *gpa, u32 *writeable, u32 *userm
 /* emulate.c */
 void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
 void ak_emulate_alone(struct ak_vcpu *v);
+u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15]);
+u32 ak_peek_instruction(struct ak_vcpu *v, u8 bytes[15]);
 u32 ak_alone_cflags(const struct ak_vcpu *v);
 bool ak_emulate_boundary(struct ak_vcpu *v);
 bool ak_next_fragment(struct ak_vcpu *v);

@@ -48,7 +48,8 @@ static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation
     gpa &= ~vm->private_gpa_mask;
     struct ak_slot *slot = ak_gfn_to_memslot(vm, gpa >> 12);
     w->read_only = !w->effects || (slot && (slot->flags & KVM_MEM_READONLY));
-    if (w->effects && ak_may_be_private(vm, slot) && ak_gmem_faultin(w->v, slot, gpa >> 12, AK_WRITE, t)) {
+    enum ak_access access = w->effects ? AK_WRITE : AK_READ;
+    if (ak_may_be_private(vm, slot) && ak_gmem_faultin(w->v, slot, gpa >> 12, access, t)) {
         t->gpa = gpa & AK_PAGE_MASK;
         t->fault_access = AK_WRITE;
         t->slot_id = slot ? slot->id : 0;

@@ -127,9 +127,11 @@ static bool decode_string(struct ak_vcpu *v, struct string_io *s)
 {
     bool mode64 = v->env->hflags & HF_CS64_MASK, wide = v->env->hflags & HF_CS32_MASK;
     bool opsize = false, adsize = false;
+    u8 code[15];
+    u32 size = ak_peek_instruction(v, code); /* never a fault: this also looks at the #UD of a failed fetch */
     *s = (struct string_io){.seg = R_DS};
-    for (u32 n = 0; n < 15; n++) {
-        u8 b = (u8)cpu_ldub_code_x86_64(v->env, linear_rip(v) + n);
+    for (u32 n = 0; n < size; n++) {
+        u8 b = code[n];
         switch (b) {
         case 0x26: s->seg = R_ES; continue;
         case 0x2e: s->seg = R_CS; continue;

@@ -95,7 +95,6 @@ void ak_exit_io(struct ak_vcpu *v)
     run->io.data_offset = 4096;
 }
 
-u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15]);
 
 /* prepare_emulation_failure_exit(): a word of flags, the instruction's bytes if they can be had, then what the processor
  * says of its exit: nothing here. kvm_prepare_event_vectoring_exit(). */

@@ -198,9 +198,6 @@ void ak_unaligned_access(struct CPUState *cpu, u64 addr, int access, int mmu_idx
 /* VMCALL (0F 01 C1) and VMMCALL (0F 01 D9) raise #UD in the engine; to KVM they are hypercalls. */
 bool ak_is_hypercall(struct ak_vcpu *v)
 {
-    u64 pc = v->env->segs[R_CS].base + v->env->eip;
-    if (__real_cpu_ldub_code_x86_64(v->env, pc) != 0x0f || __real_cpu_ldub_code_x86_64(v->env, pc + 1) != 0x01)
-        return false;
-    u32 third = __real_cpu_ldub_code_x86_64(v->env, pc + 2);
-    return third == 0xc1 || third == 0xd9;
+    u8 code[15];
+    return ak_peek_instruction(v, code) >= 3 && code[0] == 0x0f && code[1] == 0x01 && (code[2] == 0xc1 || code[2] == 0xd9);
 }
