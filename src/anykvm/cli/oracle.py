@@ -24,7 +24,9 @@ def oracle(
     kernel: Annotated[
         str, typer.Option(metavar="VERSION|PATH", help="The newest of Debian's that begins so, or an image's path.")
     ] = DEFAULT,
-    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds, booting included; then exit code 124.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds, booting included; then exit code 124.")
+    ] = None,
     smp: Annotated[int, typer.Option(min=1, max=64, help="CPUs.")] = 1,
     memory: Annotated[int, typer.Option(min=512, help="MiB.")] = 4096,
     output: Annotated[

@@ -51,7 +51,7 @@ def find(spec: str, cache: Path, say: Say) -> Kernel:
 
 
 def image_version(image: bytes) -> str:
-    """Read a kernel's version from its image (the x86 boot protocol's setup header). Raises ValueError if it is none."""
+    """Read a kernel's version from its image (the x86 boot protocol's setup header). Raises ValueError if not one."""
     if image[_MAGIC_AT : _MAGIC_AT + 4] != b"HdrS":
         raise ValueError("no x86 Linux kernel image (bzImage)")
     at = int.from_bytes(image[_VERSION_AT : _VERSION_AT + 2], "little") + _VERSION_BASE
