@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find src -name '*.c' -o -name '*.h' -o -name '*.pxd') src/anykvm/backends/soft/run.py setup.py pyproject.toml
 
-.PHONY: help setup demo test bench lint types clean
+.PHONY: help setup demo test bench oracle lint types clean
 help:
 	@echo "make demo   set up, then compute the CRC of a 64 MiB file in a guest whose memory arrives page by page"
 	@echo "make test   set up, then lint, types and all tests"
+	@echo "make oracle set up, then record what real kernels do (in QEMU, a few minutes) and compare: oracle.html"
 	@echo "make bench  set up, then the speed table beside its peers (bench-results.json)"
 
 setup: $(STAMP)
@@ -31,9 +32,13 @@ lint: setup
 types: setup
 	@$(BIN)/mypy
 
+# Not part of `make test`: it takes minutes, and needs QEMU and Debian's kernels (anykvm oracle gets them).
+oracle: setup
+	@tools/oracle.sh
+
 bench: setup
 	@$(BIN)/python -m bench
 
 clean:
-	rm -rf $(VENV) build *.egg-info src/*.egg-info bench-results.json postcopy.html demo.bin
+	rm -rf $(VENV) build *.egg-info src/*.egg-info bench-results.json postcopy.html demo.bin oracle.html
 	find . -name '*.so' -path './src/*' -delete

@@ -31,3 +31,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for found in _PROBES.values():
         if not found.usable:
             terminalreporter.write_line(f"NOT TESTED: {found.name} backend: {found.reason}", yellow=True, bold=True)
+    for report in terminalreporter.stats.get("skipped", ()):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        if "NOT TESTED" in reason:
+            terminalreporter.write_line(reason.removeprefix("Skipped: "), yellow=True, bold=True)

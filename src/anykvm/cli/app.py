@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import anykvm
-from anykvm.cli import caps, doctor, execute, postcopy
+from anykvm.cli import caps, conformance, doctor, execute, oracle, postcopy
 from anykvm.cli.common import ExitCode, Fail
 from anykvm.vmm.interrupts import Terminated, TimeLimit
 
@@ -25,6 +25,9 @@ app.command("postcopy", help=postcopy.HELP)(postcopy.postcopy)
 app.command("exec", help=execute.HELP)(execute.execute)
 app.command("doctor", help=doctor.HELP)(doctor.doctor)
 app.command("caps", help=caps.HELP)(caps.caps)
+# No options behind the command that is run: those are its own.
+app.command("oracle", help=oracle.HELP, context_settings={"allow_interspersed_args": False})(oracle.oracle)
+app.add_typer(conformance.app, name="conformance")
 
 # The base of all that is wrong with a command line. It is click's, which typer has as a dependency or as a part.
 _CommandLineError: type[Any] = typer.BadParameter.__mro__[2]

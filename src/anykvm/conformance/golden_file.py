@@ -13,6 +13,8 @@ Record: TypeAlias = dict[str, Any]
 
 END = "END"
 """The name in the last line of a file that was written to its end."""
+ABOUT = "ABOUT"
+"""The name in the first line of a file: which backend, kernel and profile, and when."""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -27,10 +29,10 @@ def read_records(path: Path) -> list[Record]:
 
 
 def by_scenario(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Group records by scenario, in order; the end mark is left out."""
+    """Group records by scenario, in order; the first and last lines are left out."""
     groups: dict[str, list[Record]] = {}
     for record in records:
-        if record["n"] != END:
+        if record["n"] not in (ABOUT, END):
             groups.setdefault(record["n"], []).append(record)
     return groups
 

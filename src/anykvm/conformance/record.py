@@ -18,12 +18,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from anykvm.backends import backend as make_backend
 from anykvm.backends.base import Backend
-from anykvm.conformance.golden_file import END, Record
+from anykvm.conformance.golden_file import ABOUT, END, Record
 from anykvm.conformance.scenario import Lab, Scenario, failure, load
 
 CHILD: Final = "<child>"
@@ -120,6 +121,15 @@ def _reap(child: int, ended: bool) -> int:
     return os.waitpid(child, 0)[1]
 
 
+def about(backend: Backend) -> Record:
+    """Give the first line of a file of records: what was recorded, and on which day (UTC)."""
+    told: Record = {"n": ABOUT, "date": datetime.now(UTC).date().isoformat(), "backend": backend.name}
+    if backend.name == "soft":
+        return {**told, "profile": backend.profile}
+    loaded = [name for name in ("kvm_amd", "kvm_intel", "kvm_pvm") if os.path.isdir(f"/sys/module/{name}")]
+    return {**told, "kernel": os.uname().release, "modules": loaded}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Record scenarios into a file; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m anykvm.conformance.record", description=main.__doc__)
@@ -141,10 +151,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.output:
             print(f"{options.backend}: {name}", file=sys.stderr, flush=True)
 
-    lines = [
-        json.dumps(entry) + "\n"
-        for entry in record(chosen, lambda: make_backend(options.backend, options.profile), started, options.timeout)
-    ]
+    def make() -> Backend:
+        return make_backend(options.backend, options.profile)
+
+    entries = list(record(chosen, make, started, options.timeout))
+    # Only now: scenarios are to be forked from a process without a backend.
+    lines = [json.dumps(entry) + "\n" for entry in (about(make()), *entries)]
     lines.append(json.dumps({"n": END}) + "\n")
     if options.output:
         options.output.write_text("".join(lines))

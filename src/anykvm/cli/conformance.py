@@ -1,0 +1,163 @@
+"""``anykvm conformance``: the scenarios, records of what a KVM does in them, and how records differ."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from anykvm.cli.common import BackendOption, ExitCode, Fail, JsonOption, ProfileOption, choose, print_json
+from anykvm.conformance import report
+from anykvm.conformance.records_of import Records, find, kernel_names, kernel_records
+from anykvm.conformance.scenario import load
+
+HELP = "Scenarios that run on any KVM, records of what it does in them, and a comparison of records."
+LIST_HELP = "List the scenarios: their area, what they need, and in how many steps each kernel was recorded."
+RECORD_HELP = """Run scenarios on a backend and write a file of records.
+
+By default all that leave the machine as it is. Never on a KVM whose machine you need: scenarios send it bad input."""
+COMPARE_HELP = """Compare records with those expected.
+
+Each is a kernel's name (see `anykvm conformance list`), a file of records, or soft, soft:PROFILE or device to record
+now. Exit code: 0 if they agree, 1 if not."""
+
+app = typer.Typer(help=HELP, add_completion=False, rich_markup_mode=None)
+Scenarios = Annotated[list[str] | None, typer.Option("--scenario", metavar="NAME", help="Only these; may be repeated.")]
+
+
+@app.command("list", help=LIST_HELP)
+def list_scenarios(json: JsonOption = False) -> None:
+    """Print every scenario."""
+    kernels = {name: kernel_records(name) for name in kernel_names()}
+    scenarios = sorted(load().values(), key=lambda scenario: (scenario.area, scenario.name))
+    rows = [
+        {
+            "name": scenario.name,
+            "area": scenario.area,
+            "needs": sorted(scenario.needs),
+            "intrusive": scenario.intrusive,
+            "steps": {kernel: len(records.scenarios.get(scenario.name, ())) for kernel, records in kernels.items()},
+        }
+        for scenario in scenarios
+    ]
+    if json:
+        print_json({"kernels": {name: records.title for name, records in kernels.items()}, "scenarios": rows})
+        return
+    table = Table("scenario", "area", "needs", *kernels)
+    for scenario in scenarios:
+        counts = [str(len(records.scenarios.get(scenario.name, ())) or "-") for records in kernels.values()]
+        table.add_row(escape(scenario.name), escape(scenario.area), ", ".join(sorted(scenario.needs)), *counts)
+    console = Console(highlight=False)
+    console.print(table)
+    for name, records in kernels.items():
+        console.print(f"{name}: {escape(records.title)}", soft_wrap=True)
+
+
+@app.command("record", help=RECORD_HELP)
+def record(
+    output: Annotated[Path, typer.Argument(help="The file to write.")],
+    backend: BackendOption = "auto",
+    profile: ProfileOption = None,
+    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds a scenario may take at most.")] = None,
+    intrusive: Annotated[bool, typer.Option("--intrusive", help="Also those that change the machine.")] = False,
+    scenarios: Scenarios = None,
+) -> None:
+    """Write a file of records."""
+    from anykvm.conformance import record as recorder
+
+    chosen = choose(backend, profile).backend
+    _check(scenarios)
+    options = ["--backend", chosen.name, "--output", str(output), *(["--intrusive"] if intrusive else [])]
+    if chosen.name == "soft":
+        options += ["--profile", chosen.profile]
+    if timeout is not None:
+        options += ["--timeout", str(timeout)]
+    recorder.main([*options, *(scenarios or [])])
+
+
+@app.command("compare", help=COMPARE_HELP)
+def compare(
+    expected: Annotated[str, typer.Argument(help="What is expected.")] = "linux-7.3",
+    got: Annotated[list[str] | None, typer.Argument(help="What is compared with it; default soft:linux-7.3.")] = None,
+    scenarios: Scenarios = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.")] = None,
+    json: JsonOption = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print each difference.")] = False,
+) -> None:
+    """Compare and print a table."""
+    _check(scenarios)
+    wanted = _records(expected, scenarios)
+    names = scenarios or list(wanted.scenarios)
+    others = [_records(spec, [n for n in names if n in load()]) for spec in got or ["soft:linux-7.3"]]
+    comparison = report.compare(wanted, others, scenarios)
+    if html:
+        html.write_text(report.html(comparison))
+    if json:
+        print_json(_plain(comparison))
+    else:
+        _show(comparison, verbose)
+    if comparison.differing:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _check(scenarios: list[str] | None) -> None:
+    if unknown := [name for name in scenarios or () if name not in load()]:
+        raise Fail(ExitCode.USAGE, f"no scenario is named {', '.join(unknown)}; see `anykvm conformance list`")
+
+
+def _records(spec: str, names: list[str] | None) -> Records:
+    # What changes the machine is only recorded on request, by `record --intrusive`.
+    harmless = [name for name in names or load() if not load()[name].intrusive]
+
+    def started(name: str) -> None:
+        print(f"{spec}: {name}", file=sys.stderr, flush=True)
+
+    try:
+        return find(spec, harmless, started)
+    except ValueError as error:
+        raise Fail(ExitCode.USAGE, str(error)) from None
+    except (ImportError, RuntimeError) as error:
+        raise Fail(ExitCode.BACKEND, f"{spec}: {error}") from None
+
+
+def _plain(comparison: report.Comparison) -> dict[str, object]:
+    return {
+        "expected": comparison.expected,
+        "compared": comparison.titles,
+        "agreeing": comparison.agreeing,
+        "scenarios": [
+            {
+                "name": row.name,
+                "area": row.area,
+                "cells": [
+                    {"verdict": cell.verdict, "differences": [d._asdict() for d in cell.differences]}
+                    for cell in row.cells
+                ],
+            }
+            for row in comparison.rows
+        ],
+    }
+
+
+def _show(comparison: report.Comparison, verbose: bool) -> None:
+    console = Console(highlight=False)
+    console.print(f"expected: [bold]{escape(comparison.expected)}[/]", soft_wrap=True)
+    table = Table("area", "scenario", *map(escape, comparison.labels))
+    for row in comparison.rows:
+        colours = ["dim" if not c.recorded else "red" if c.differences else "green" for c in row.cells]
+        cells = [f"[{colour}]{cell.verdict}[/]" for colour, cell in zip(colours, row.cells, strict=True)]
+        table.add_row(escape(row.area), escape(row.name), *cells)
+    console.print(table)
+    for label, title, count in zip(comparison.labels, comparison.titles, comparison.agreeing, strict=True):
+        found = f"{label}: {title}: {count} of {len(comparison.rows)} scenarios agree"
+        console.print(escape(found), soft_wrap=True)
+    if verbose:
+        for row in comparison.rows:
+            for label, cell in zip(comparison.labels, row.cells, strict=True):
+                for difference in cell.differences:
+                    console.print(escape(f"{label}: {difference}"), soft_wrap=True)

@@ -1,0 +1,50 @@
+"""``anykvm oracle``: run a command on a real Linux with a real /dev/kvm, which needs no KVM here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anykvm.cli.common import ExitCode, Fail
+from anykvm.conformance.oracle import OracleError, Settings, run
+from anykvm.conformance.oracle.kernels import DEFAULT
+
+HELP = """Run COMMAND on a real Linux with a real /dev/kvm (kvm_amd), in a virtual machine that needs no KVM here.
+
+COMMAND sees this machine's files, in the same working directory; what it writes is lost, except to --output. Its output
+and exit code are this command's. Debian's kernel is downloaded when first used; QEMU is installed with apt if run as
+root. Without a machine the exit code is 3."""
+
+
+def oracle(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run, with its arguments.")],
+    kernel: Annotated[
+        str, typer.Option(metavar="VERSION|PATH", help="The newest of Debian's that begins so, or an image's path.")
+    ] = DEFAULT,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds, booting included; then exit code 124.")
+    ] = None,
+    smp: Annotated[int, typer.Option(min=1, max=64, help="CPUs.")] = 1,
+    memory: Annotated[int, typer.Option(min=512, help="MiB.")] = 4096,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder COMMAND may write to; made if missing.")
+    ] = None,
+    console: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep what the machine's console says.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """Run the machine, and end as the command did."""
+
+    def say(text: str) -> None:
+        if not quiet:
+            print(f"oracle: {text}", file=sys.stderr, flush=True)
+
+    try:
+        code = run(command, Settings(kernel, smp, memory, timeout, output, console), say)
+    except OracleError as error:
+        raise Fail(ExitCode.BACKEND, str(error)) from None
+    except TimeoutError as error:
+        raise Fail(ExitCode.TIMEOUT, str(error)) from None
+    raise typer.Exit(code)

@@ -1,0 +1,77 @@
+"""``anykvm conformance``: list, record, compare, and its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from anykvm.conformance import load, read_records
+from anykvm.conformance.golden_file import ABOUT, END
+from anykvm.conformance.records_of import Records
+from anykvm.conformance.report import compare, html
+from vmm_helpers import anykvm, assert_one_line, require_soft
+
+
+def records(**steps: int) -> Records:
+    made = [{"n": "unmapped_read", "s": step, "ret": ret} for step, ret in steps.items()]
+    return Records("a <title>", {"unmapped_read": made}, "label")
+
+
+def test_list_names_every_scenario_and_kernel() -> None:
+    done = anykvm("conformance", "list", "--json")
+    found = json.loads(done.stdout)
+    assert {entry["name"] for entry in found["scenarios"]} == set(load())
+    assert set(found["kernels"]) == {"linux-6.12", "linux-7.3"} and "kvm_amd" in found["kernels"]["linux-7.3"]
+    (entry,) = [entry for entry in found["scenarios"] if entry["name"] == "unmapped_read"]
+    assert entry["steps"]["linux-7.3"] == 3
+    table = anykvm("conformance", "list")
+    assert table.returncode == 0 and "unmapped_read" in table.stdout and "linux-7.3: Linux 7.3.4" in table.stdout
+
+
+def test_record_then_compare_agrees(tmp_path: Path) -> None:
+    require_soft()
+    path = tmp_path / "soft.jsonl"
+    options = ("--backend", "soft", "--profile", "linux-7.3", "--scenario", "unmapped_read")
+    assert anykvm("conformance", "record", path, *options).returncode == 0
+    written = read_records(path)
+    assert (written[0]["n"], written[0]["profile"], written[-1]["n"]) == (ABOUT, "linux-7.3", END)
+    done = anykvm("conformance", "compare", "linux-7.3", path, "--scenario", "unmapped_read", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["agreeing"] == [1]
+
+
+def test_compare_records_now_and_finds_what_a_profile_does_otherwise(tmp_path: Path) -> None:
+    require_soft()
+    page = tmp_path / "page.html"
+    command = ("conformance", "compare", "linux-7.3", "soft:linux-7.3", "soft:documented")
+    done = anykvm(*command, "--scenario", "unmapped_read", "--html", page, "--verbose")
+    assert done.returncode == 1
+    assert "unmapped_read.read8.exit_reason: expected 0, got 39" in done.stdout
+    assert re.search(r"soft:linux-7.3: soft, profile linux-7.3 \(.*\): 1 of 1 scenarios agree", done.stdout)
+    assert "MEMORY_FAULT" in page.read_text()
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bad").write_text("{\n")
+    (tmp_path / "other").write_text('{"a": 1}\n')
+    assert_one_line(anykvm("conformance", "compare", "linux-9.9"), 2, "linux-9.9", "names are linux-6.12, linux-7.3")
+    assert_one_line(anykvm("conformance", "compare", tmp_path / "bad"), 2, "bad:1")
+    assert_one_line(anykvm("conformance", "compare", tmp_path / "other"), 2, "not a file of records")
+    assert_one_line(anykvm("conformance", "compare", "--scenario", "no_such"), 2, "no scenario is named no_such")
+    assert_one_line(anykvm("conformance", "compare", "linux-7.3", "soft:xyz"), 2, "no profile named 'xyz'")
+    assert_one_line(anykvm("conformance", "record", tmp_path / "x", "--scenario", "no_such"), 2, "no_such")
+
+
+def test_the_page_needs_nothing_else_and_escapes() -> None:
+    same, other = records(read8=0), records(read8=-1)
+    page = html(compare(same, [same, other._replace(label="<other>")]))
+    assert "&lt;title&gt;" in page and "<other>" not in page
+    assert "agrees" in page and "1 difference" in page and "read8" in page
+    assert not re.search(r"(src|href)=", page)
+
+
+def test_a_scenario_without_records_is_not_an_agreement() -> None:
+    comparison = compare(records(read8=0), [Records("empty", {})])
+    assert comparison.rows[0].cells[0].verdict == "not recorded"
+    assert (comparison.agreeing, comparison.differing) == ([0], 0)
+    assert compare(records(read8=0), [records(read8=0)], names=["other"]).rows == []

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Record all scenarios on real kernels, and compare: each with its records in this package, then the soft backend with
+# 7.3's. The new records are left in build/oracle, from where they may be copied to src/anykvm/conformance/records.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bin=${BIN:-.venv/bin}
+out=build/oracle
+mkdir -p "$out"
+changed=0
+for kernel in 7.3 6.12; do
+    file=$out/linux-$kernel.jsonl
+    rm -f "$file"
+    "$bin/anykvm" oracle --kernel "$kernel" --timeout 1200 --output "$out" -- \
+        "$bin/python" -m anykvm.conformance.record --backend device --intrusive --output "$file"
+    "$bin/anykvm" conformance compare "linux-$kernel" "$file" --verbose || changed=1
+done
+ANYKVM_ORACLE=1 "$bin/python" -m pytest tests/test_oracle.py tests/test_records.py
+# What soft does otherwise, and why, is in tests/records_scope.toml and tests/golden_scope.toml.
+"$bin/anykvm" conformance compare linux-7.3 linux-6.12 soft:linux-7.3 --html oracle.html >"$out/table" || true
+echo "make oracle: done; open oracle.html"
+exit "$changed"
