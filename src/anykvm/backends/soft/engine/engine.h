@@ -78,6 +78,7 @@ enum ak_host_fault {
 };
 
 /* What a device mapping's fault handler says. */
+#define AK_DEVICE_TRIES 100 /* it says the page is there, and the host refuses it: somebody protects it by himself */
 enum ak_device_answer { AK_DEVICE_PRESENT = 0, AK_DEVICE_FAILED, AK_DEVICE_READ_ONLY };
 
 struct ak_exit {

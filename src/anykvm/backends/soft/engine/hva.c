@@ -137,9 +137,12 @@ u32 ak_hva_refused(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_
 /* hva_to_pfn(): enum ak_pfn, and why in *host_fault. Never KVM_PFN_NOSLOT. */
 u32 ak_hva_to_pfn(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault)
 {
-    u32 pfn;
-    while ((*host_fault = (u32)ak_host_touch(hva, access == AK_WRITE, NULL)))
-        if ((pfn = ak_hva_refused(v, hva, access, host_fault)) != KVM_PFN_OK)
+    for (u32 tries = 0; (*host_fault = (u32)ak_host_touch(hva, access == AK_WRITE, NULL)); tries++) {
+        u32 pfn = ak_hva_refused(v, hva, access, host_fault);
+        if (pfn != KVM_PFN_OK)
             return pfn;
+        if (tries == AK_DEVICE_TRIES)
+            return KVM_PFN_ERR_FAULT;
+    }
     return KVM_PFN_OK;
 }

@@ -47,10 +47,16 @@ static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation
         return page_fault(w, 0, t);
     w->read_only = !w->effects || (slot->flags & KVM_MEM_READONLY);
     w->hva = slot->hva + (gpa - (slot->base_gfn << 12));
-    u32 why, pfn = KVM_PFN_OK;
-    while ((why = (u32)ak_host_load(w->hva, w->size, !w->read_only, entry)) &&
-           (pfn = ak_hva_refused(w->v, w->hva, w->read_only ? AK_READ : AK_WRITE, &why)) == KVM_PFN_OK)
-        ; /* a device's page, there now */
+    u32 why, pfn = KVM_PFN_OK, tries = 0;
+    while ((why = (u32)ak_host_load(w->hva, w->size, !w->read_only, entry))) {
+        pfn = ak_hva_refused(w->v, w->hva, w->read_only ? AK_READ : AK_WRITE, &why);
+        if (pfn != KVM_PFN_OK)
+            break;
+        if (tries++ == AK_DEVICE_TRIES) {
+            pfn = KVM_PFN_ERR_FAULT;
+            break;
+        }
+    }
     if (!why) {
         if (!w->read_only)
             ak_mark_page_dirty(w->v, slot, gpa >> 12);
