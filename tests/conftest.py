@@ -27,7 +27,11 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name the backends that were not tested: a skipped backend must not look like a tested one."""
+    """Name what was not tested, backends and what this machine lacks: it must not look like what was."""
     for found in _PROBES.values():
         if not found.usable:
             terminalreporter.write_line(f"NOT TESTED: {found.name} backend: {found.reason}", yellow=True, bold=True)
+    for report in terminalreporter.stats.get("skipped", ()):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+        if "NOT TESTED:" in reason:
+            terminalreporter.write_line(reason.removeprefix("Skipped: "), yellow=True, bold=True)
