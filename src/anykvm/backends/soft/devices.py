@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 import weakref
+from collections import deque
 from typing import Final
 
 from anykvm.backends.soft.host_memory import PAGE_SIZE, DeviceMapping
@@ -45,7 +46,7 @@ class SgxVepc:
         weakref.finalize(self, os.close, self._fd).atexit = False
         self._lock = threading.Lock()
         self._pages = 0
-        self._free: list[int] = []  # numbers of pages in the file
+        self._free: deque[int] = deque()  # numbers of pages in the file; in order, so that mappings of them merge
         self.grow(pages)
 
     @property
@@ -80,12 +81,12 @@ class SgxVepc:
                     return  # another vCPU was first
                 if not self._free:
                     raise OSError(errno.ENOMEM, "no free EPC page")
-                page = self._free.pop()
+                page = self._free.popleft()
                 try:
                     os.pwrite(self._fd, _ZEROS, page * PAGE_SIZE)
                     mapping.insert(offset, self._fd, page * PAGE_SIZE)
                 except BaseException:
-                    self._free.append(page)
+                    self._free.appendleft(page)
                     raise
                 taken[offset] = page
 
