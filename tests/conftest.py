@@ -27,7 +27,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Name the backends that were not tested: a skipped backend must not look like a tested one."""
+    """Name what was not tested, backends and what this machine lacks: it must not look like what was."""
     for found in _PROBES.values():
         if not found.usable:
             terminalreporter.write_line(f"NOT TESTED: {found.name} backend: {found.reason}", yellow=True, bold=True)

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import ctypes
 import errno as _errno
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from anykvm.abi import ioctls as n
 from anykvm.abi import structures as s
 from anykvm.api import libc
 from anykvm.api.handle import Handle
-from anykvm.api.memory import PAGE_SIZE, GuestMemory
+from anykvm.api.memory import PAGE_SIZE
 from anykvm.api.region import why_region_refused
+
+
+class HostMemory(Protocol):
+    """Host memory that ``Vm.map`` takes: ``GuestMemory``, or another object that knows where it is."""
+
+    @property
+    def address(self) -> int:
+        """Host virtual address of the first byte."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
 
 
 class Slot(NamedTuple):
@@ -19,7 +33,7 @@ class Slot(NamedTuple):
 
     guest_phys_addr: int
     memory_size: int
-    memory: GuestMemory | None
+    memory: HostMemory | None
     """The memory behind it, kept alive for as long as the slot exists."""
 
 
@@ -28,7 +42,7 @@ class VmMemory(Handle):
 
     _slots: dict[int, Slot]
 
-    def map(self, memory: GuestMemory, guest_phys_addr: int, slot: int | None = None, flags: int = 0) -> int:
+    def map(self, memory: HostMemory, guest_phys_addr: int, slot: int | None = None, flags: int = 0) -> int:
         """Put all of ``memory`` at a guest-physical address; returns the slot, the lowest free one if not given.
 
         The VM keeps ``memory`` alive, but does not close it. Raises OSError as ``set_user_memory_region``.

@@ -221,7 +221,9 @@ void ak_enter(struct ak_vcpu *v)
     cpu->exception_index = -1;
     v->frame = (uintptr_t)__builtin_frame_address(0);
     ak_current = v;
+    v->interruptible = 1;
     ak_check_code(v);
+    v->interruptible = 0;
     ak_deliver_pending(v);
     int r = cpu_exec_x86_64(v->uc, cpu);
     if (v->delivering)

@@ -75,7 +75,12 @@ enum ak_host_fault {
     AK_HOST_DENIED,    /* SIGSEGV, SEGV_ACCERR */
     AK_HOST_BEYOND,    /* SIGBUS, BUS_ADRERR: beyond the end of the file, no memory for it */
     AK_HOST_POISONED,  /* SIGBUS, BUS_MCEERR_AR */
+    AK_HOST_INTERRUPTED, /* a signal came while the fault waited for its handler */
 };
+
+/* What a device mapping's fault handler says. */
+#define AK_DEVICE_TRIES 100 /* it says the page is there, and the host refuses it: somebody protects it by himself */
+enum ak_device_answer { AK_DEVICE_PRESENT = 0, AK_DEVICE_FAILED, AK_DEVICE_READ_ONLY };
 
 struct ak_exit {
     u32 kind;
@@ -221,6 +226,10 @@ struct ak_vcpu {
     void *uc_hook;
     u64 fills, faults;        /* statistics */
     u64 tsc_base;
+    pid_t tid;                /* the thread in KVM_RUN */
+    volatile u32 interruptible; /* a guarded access that a signal may end: GUP with FOLL_INTERRUPTIBLE */
+    volatile u32 pokes;       /* by the ticker; odd: one is on its way */
+    u32 pokes_seen, tick_stuck;
     u64 align_pc;             /* translate.c: instruction under 16-byte alignment rule */
     u32 align_need;
     u64 insn_pc;              /* translate.c: bytes shown to the decoder instead of memory */
@@ -256,6 +265,7 @@ bool ak_signal_pending(struct ak_vcpu *v);
 bool ak_send_hwpoison_signal(struct ak_vcpu *v);
 void ak_signals_leave(struct ak_vcpu *v);
 void ak_ticker_arm(struct ak_vcpu *v);
+void ak_pokes_settle(struct ak_vcpu *v);
 int ak_watch(struct ak_vcpu *v);
 void ak_unwatch(struct ak_vcpu *v);
 int ak_vcpu_lock(struct ak_vcpu *v);
@@ -288,6 +298,11 @@ int ak_copy_out(u64 to, const void *from, u64 size);
 /* hva.c, dirty.c */
 int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned);
 u32 ak_hva_to_pfn(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
+u32 ak_hva_refused(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
+int ak_device_add(u64 start, u64 size);
+void ak_device_remove(u64 start);
+void ak_device_handler(int (*fault)(u64 hva, u32 access));
+void ak_devices_in_child(void);
 void ak_mark_page_dirty(struct ak_vcpu *v, struct ak_slot *slot, u64 gfn);
 
 /* slots.c */

@@ -78,6 +78,9 @@ enum { R_ES, R_CS, R_SS, R_DS, R_FS, R_GS };
 #define DESC_RW (1u << 9)
 #define DESC_A (1u << 8)
 
+/* si_code of the ticker's SIGSEGV to a vCPU's thread; si_value is where it sleeps. */
+#define AK_SI_POKE (-0x616b)
+
 #define MMU_KSMAP_IDX 0
 #define MMU_USER_IDX 1
 

@@ -44,7 +44,11 @@ static void __attribute__((noreturn)) fault_exit(struct ak_vcpu *v, struct ak_tr
     v->emulation = AK_NATIVE;
     v->emulate_alone = 0;
     v->nlog = v->nreplay = v->nfragments = 0;
-    ak_leave(v, t->pfn == KVM_PFN_ERR_HWPOISON ? AK_EXIT_HWPOISON : AK_EXIT_FAULT, retaddr);
+    ak_leave(v,
+             t->pfn == KVM_PFN_ERR_HWPOISON     ? AK_EXIT_HWPOISON
+             : t->pfn == KVM_PFN_ERR_SIGPENDING ? AK_EXIT_KICKED /* the loop's tail finds the signal */
+                                                : AK_EXIT_FAULT,
+             retaddr);
 }
 
 /* A fetch that fails while a block is being translated is not this instruction's fault yet: run the instructions
@@ -73,17 +77,20 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
     struct ak_translation t = {0};
     (void)size;
     v->fills++;
+    v->interruptible = v->emulation == AK_NATIVE;
     int r = ak_walk(v, addr, access, mmu_idx, true, &t);
     if (r == AK_WALK_OK && access == AK_READ && ak_answered(v, t.gpa)) {
         t.pfn = KVM_PFN_NOSLOT; /* the exit's answer counts, whatever the slots have become since */
     } else if (r == AK_WALK_OK && ak_data_pfn(v, t.gpa, access, &t) == KVM_PFN_OK) {
         int prot = access == AK_WRITE ? t.prot & 3 : access == AK_FETCH ? t.prot & 5 : 1;
         bool transient = v->emulation != AK_NATIVE && access != AK_FETCH;
+        v->interruptible = 0;
         if (access == AK_FETCH)
             ak_check_code_page(v, t.hva);
         tlb_set_page_x86_64(cs, addr & AK_PAGE_MASK, t.hva, prot, mmu_idx, transient ? 1 : AK_PAGE_SIZE);
         return 1;
     }
+    v->interruptible = 0;
     if (probe)
         return 0;
     if (access == AK_FETCH)

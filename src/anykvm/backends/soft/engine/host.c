@@ -1,12 +1,14 @@
 /* Host memory that may not be there. Guest memory is the process's own, so the host's MMU is the second stage of the
  * guest's: what it refuses arrives here as SIGSEGV or SIGBUS. Two cases are ours: an access under a guard (a TLB fill
  * probing a page, a copy from or to the caller), and an access by guest code whose mapping changed behind our back
- * (fault.c leaves the guest precisely). Everything else goes to whoever handled the signal before. */
+ * (fault.c leaves the guest precisely). A third is the ticker's (signals.c): a fault waits for its handler and a signal
+ * waits for the thread. Everything else goes to whoever handled the signal before. */
 #define _GNU_SOURCE
 #include "engine_internal.h"
 #include <errno.h>
 #include <string.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 struct guard {
     sigjmp_buf env;
@@ -40,9 +42,33 @@ static void pass_on(int signo, siginfo_t *si, void *context)
     }
 }
 
+/* The ticker's word that this thread sleeps in a page fault, at pc, while a signal waits for it (signals.c). By now it
+ * may sleep no longer; at pc it has not executed the access, so leaving is as exact as at the fault itself. */
+static void on_poke(u64 pc, ucontext_t *context)
+{
+    struct ak_vcpu *v = ak_current;
+    if (!v)
+        return;
+    if (guard.armed) {
+        if (!v->interruptible)
+            return;
+        guard.outcome = AK_HOST_INTERRUPTED;
+        siglongjmp(guard.env, 1);
+    }
+    if (v->emulation == AK_NATIVE && (u64)context->uc_mcontext.gregs[REG_RIP] == pc) {
+        ak_kick(v);
+        ak_guest_host_fault(v, pc, AK_HOST_INTERRUPTED, context);
+    }
+}
+
 static void on_signal(int signo, siginfo_t *si, void *context)
 {
     int saved = errno;
+    if (si->si_code == AK_SI_POKE && si->si_pid == getpid()) {
+        on_poke((u64)si->si_value.sival_ptr, context);
+        errno = saved;
+        return;
+    }
     if (si->si_code > 0) { /* from the kernel: a fault of this thread, not kill() */
         enum ak_host_fault why = classify(signo, si);
         if (guard.armed) {
@@ -65,7 +91,7 @@ int ak_host_init(void)
 {
     static const int signals[2] = {SIGSEGV, SIGBUS};
     for (int i = 0; i < 2; i++) {
-        struct sigaction now, ours = {.sa_flags = SA_SIGINFO | SA_NODEFER};
+        struct sigaction now, ours = {.sa_flags = SA_SIGINFO | SA_NODEFER | SA_RESTART};
         ours.sa_sigaction = on_signal;
         sigemptyset(&ours.sa_mask);
         if (sigaction(signals[i], NULL, &now))

@@ -37,6 +37,9 @@ _u64 = ctypes.c_uint64
 _int = ctypes.c_int
 _pointer = ctypes.c_void_p
 
+DEVICE_FAULT: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32)
+"""The fault handler of device mappings: host address of the page and access, to ``enum ak_device_answer``."""
+
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     # VM
     "ak_vm_create": (_address, ()),
@@ -57,6 +60,9 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_gmem_fd": (_int, (_address,)),
     "ak_gmem_inject": (_int, (_address, _address, _u64, _int)),
     "ak_pre_fault_memory": (_int, (_address, ctypes.POINTER(_u64))),
+    "ak_device_add": (_int, (_address, _u64)),
+    "ak_device_remove": (None, (_address,)),
+    "ak_device_handler": (None, (DEVICE_FAULT,)),
     # host memory
     "ak_host_init": (_int, ()),
     "ak_self_test": (ctypes.c_char_p, ()),

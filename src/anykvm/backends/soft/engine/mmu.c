@@ -60,7 +60,16 @@ static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation
         w->hva = slot->hva + (gpa - (slot->base_gfn << 12));
     else
         return page_fault(w, 0, t);
-    int why = ak_host_load(w->hva, w->size, !w->read_only, entry);
+    u32 why, pfn = KVM_PFN_OK, tries = 0;
+    while ((why = (u32)ak_host_load(w->hva, w->size, !w->read_only, entry))) {
+        pfn = ak_hva_refused(w->v, w->hva, w->read_only ? AK_READ : AK_WRITE, &why);
+        if (pfn != KVM_PFN_OK)
+            break;
+        if (tries++ == AK_DEVICE_TRIES) {
+            pfn = KVM_PFN_ERR_FAULT;
+            break;
+        }
+    }
     if (!why) {
         if (!w->read_only)
             ak_mark_page_dirty(w->v, slot, gpa >> 12);
@@ -73,7 +82,7 @@ static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation
     t->fault_access = AK_WRITE;
     t->host_fault = why;
     t->slot_id = slot->id;
-    t->pfn = why == AK_HOST_POISONED ? KVM_PFN_ERR_HWPOISON : KVM_PFN_ERR_FAULT;
+    t->pfn = pfn;
     return AK_WALK_STAGE2;
 }
 

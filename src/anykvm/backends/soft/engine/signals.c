@@ -1,9 +1,15 @@
 /* Signals and KVM_RUN. The kernel returns EINTR when a signal is deliverable under the active mask, and the handler runs
  * on the way out. In user space that is: block everything while the guest runs, look what is pending, restore the mask.
- * Looking needs the vCPU to leave guest code, so a ticker kicks one that has not left by itself for a millisecond. */
+ * Looking needs the vCPU to leave guest code, so a ticker kicks one that has not left by itself for a millisecond, and
+ * wakes one that sleeps in a page fault. */
 #define _GNU_SOURCE
-#include "engine.h"
+#include "engine_internal.h"
 #include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -25,9 +31,14 @@ static void set_mask(const u64 *set, u64 *old)
     syscall(SYS_rt_sigprocmask, SIG_SETMASK, set, old, KERNEL_SIGSET);
 }
 
+static __thread pid_t this_thread;
+
 /* kvm_sigset_activate(): the caller's own mask unless KVM_SET_SIGNAL_MASK gave one. */
 void ak_signals_enter(struct ak_vcpu *v)
 {
+    if (__builtin_expect(!this_thread, 0))
+        this_thread = gettid();
+    v->tid = this_thread;
     set_mask(&everything, &v->outer_mask);
     v->active_mask = v->has_sigmask ? v->sigmask : v->outer_mask;
 }
@@ -61,15 +72,20 @@ static bool ignored(int signo)
     return action.sa_handler == SIG_DFL && (signo == SIGCHLD || signo == SIGCONT || signo == SIGURG || signo == SIGWINCH);
 }
 
+static bool deliverable(const struct ak_vcpu *v, u64 pending)
+{
+    for (pending &= ~v->active_mask; pending; pending &= pending - 1)
+        if (!ignored(__builtin_ctzll(pending) + 1))
+            return true;
+    return false;
+}
+
 /* signal_pending() under the active mask. */
 bool ak_signal_pending(struct ak_vcpu *v)
 {
     u64 pending = 0;
     syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
-    for (pending &= ~v->active_mask; pending; pending &= pending - 1)
-        if (!ignored(__builtin_ctzll(pending) + 1))
-            return true;
-    return false;
+    return deliverable(v, pending);
 }
 
 /* kvm_send_hwpoison_signal(): the vCPU's thread gets SIGBUS with the page's host address. True: it is deliverable, and
@@ -91,13 +107,67 @@ static u32 nwatched;
 static bool ticker_started;
 static volatile bool ticker_idle = true;
 
+static bool read_proc(pid_t tid, const char *what, char *text, size_t size)
+{
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/task/%d/%s", (int)tid, what);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, size - 1);
+    if (fd >= 0)
+        close(fd);
+    text[n > 0 ? n : 0] = 0;
+    return n > 0;
+}
+
+static u64 field(const char *text, const char *name)
+{
+    const char *at = strstr(text, name);
+    return at ? strtoull(at + strlen(name), NULL, 16) : 0;
+}
+
+/* A kicked vCPU that does not leave sleeps in a page fault that somebody is to resolve: a userfaultfd's. The kernel's
+ * KVM_RUN would end with EINTR when a signal comes (FOLL_INTERRUPTIBLE, KVM_PFN_ERR_SIGPENDING). Its signals are blocked
+ * here, so look for one that it should take, and wake it with the one signal that is always open in KVM_RUN and always
+ * ours: SIGSEGV, marked. Done so that it cannot arrive after KVM_RUN (ak_pokes_settle). */
+static void poke(struct ak_vcpu *v)
+{
+    char text[2048];
+    unsigned long long sp, pc;
+    if (!read_proc(v->tid, "syscall", text, sizeof text) || sscanf(text, "-1 %llx %llx", &sp, &pc) != 2)
+        return; /* it runs, or is in a system call: not in a page fault */
+    if (!read_proc(v->tid, "status", text, sizeof text) ||
+        !deliverable(v, (field(text, "SigPnd:") | field(text, "ShdPnd:")) & everything))
+        return;
+    siginfo_t info = {.si_signo = SIGSEGV, .si_code = AK_SI_POKE};
+    info.si_pid = getpid();
+    info.si_value.sival_ptr = (void *)(uintptr_t)pc;
+    __atomic_add_fetch(&v->pokes, 1, __ATOMIC_SEQ_CST);
+    if (v->in_guest && v->entries == v->tick_entries)
+        syscall(SYS_rt_tgsigqueueinfo, getpid(), v->tid, SIGSEGV, &info);
+    __atomic_add_fetch(&v->pokes, 1, __ATOMIC_SEQ_CST);
+}
+
+/* Out of guest mode: let the pokes that were sent arrive before anything else happens on this thread. */
+void ak_pokes_settle(struct ak_vcpu *v)
+{
+    u32 now;
+    while ((now = __atomic_load_n(&v->pokes, __ATOMIC_SEQ_CST)) & 1)
+        sched_yield();
+    syscall(SYS_getpid); /* signals are delivered when a system call returns */
+    v->pokes_seen = now;
+}
+
 static bool tick(void)
 {
     bool busy = false;
     for (u32 i = 0; i < nwatched; i++) {
         struct ak_vcpu *v = watched[i];
-        if (v->in_guest && v->entries == v->tick_entries)
+        if (v->in_guest && v->entries == v->tick_entries) {
             ak_kick(v);
+            if (v->tick_stuck++)
+                poke(v);
+        } else
+            v->tick_stuck = 0;
         busy |= v->in_guest || v->entries != v->tick_entries;
         v->tick_entries = v->entries;
     }
@@ -186,7 +256,9 @@ static void in_child(void)
     ticker_started = false;
     ticker_idle = true;
     nwatched = 0;
+    this_thread = 0;
     pthread_mutex_init(&ticker_lock, NULL);
+    ak_devices_in_child();
 }
 
 static void __attribute__((constructor)) watch_forks(void)

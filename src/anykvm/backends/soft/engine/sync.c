@@ -176,4 +176,6 @@ void ak_run_guest(struct ak_vcpu *v)
     ak_enter(v);
     v->in_guest = 0;
     ak_guest_exit(v);
+    if (__builtin_expect(v->pokes != v->pokes_seen, 0))
+        ak_pokes_settle(v);
 }

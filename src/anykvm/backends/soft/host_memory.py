@@ -1,0 +1,232 @@
+"""Host memory of devices: mappings whose faults a handler in Python resolves, or fails to.
+
+What the kernel knows by a mapping's flags (VM_IO, VM_PFNMAP) the soft backend is told here. It works for guests of the
+soft backend; nothing needs privileges. Sources: ABI.md 3.1 and 3.2; km:hva_to_pfn_remapped().
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace, TracebackType
+from typing import Any, Final, TypeAlias
+
+from anykvm.api import libc
+from anykvm.backends.soft.engine.library import DEVICE_FAULT, library
+
+PAGE_SIZE: Final = 4096
+_ACCESS_WRITE: Final = 1
+_PRESENT: Final = 0  # enum ak_device_answer
+_FAILED: Final = 1
+_READ_ONLY: Final = 2
+_RESERVED: Final = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
+
+FaultHandler: TypeAlias = "Callable[[DeviceMapping, int, bool], None]"
+"""Called with the mapping, the page's offset, and whether the access is a write: ``vm_operations_struct.fault``."""
+
+
+class DeviceMapping:
+    """``size`` bytes of host address space that belong to a device: VM_IO and VM_PFNMAP, empty until touched.
+
+    A guest's access to a page that is not present calls ``fault``, which puts a page there with ``insert``, or raises
+    OSError: then KVM_RUN fails with EFAULT, annotated or bare as the backend's profile has it. A write to a page that
+    was inserted read-only is KVM_EXIT_MMIO, as to a read-only slot. Inside KVM's instruction emulator a fault that
+    fails is KVM_EXIT_MMIO too.
+
+    ``fault`` runs on the vCPU's thread, within KVM_RUN: signals do not end it, changes of the VM's slots wait for it,
+    and it must not make any itself. An exception other than OSError is reported to ``sys.unraisablehook``, and fails
+    like one.
+
+    The process's own accesses go through ``read`` and ``write``; touching the address otherwise is a crash where no
+    page is present. ``Vm.map`` takes it like a ``GuestMemory``.
+
+    >>> ram = os.memfd_create("device")
+    >>> os.ftruncate(ram, 4096)
+    >>> with DeviceMapping(8192, lambda mapping, offset, write: mapping.insert(offset, ram)) as device:
+    ...     device.write(4096, b"hello")
+    ...     device.present(4096), device.present(0), os.pread(ram, 5, 0)
+    (True, False, b'hello')
+    >>> os.close(ram)
+    """
+
+    def __init__(
+        self,
+        size: int,
+        fault: FaultHandler,
+        *,
+        writable: bool = True,
+        released: Callable[[], None] | None = None,
+    ) -> None:
+        """Reserve addresses. ``writable`` False maps it PROT_READ alone: a write to an absent page fails.
+
+        ``released`` is called once, when the mapping is closed or dropped. Raises ValueError for a size that is 0 or
+        not page aligned; OSError as mmap(2), ENOMEM.
+        """
+        if size <= 0 or size % PAGE_SIZE:
+            raise ValueError(f"size {size:#x} is not a positive multiple of the page size")
+        _install()
+        self._size = size
+        self._fault = fault
+        self._writable = writable
+        self._pages: dict[int, bool] = {}  # offset of a present page: whether it may be written
+        self._lock = threading.Lock()
+        self._address = libc.mmap(0, size, libc.PROT_NONE, _RESERVED)
+        if result := library().ak_device_add(self._address, size):
+            libc.munmap(self._address, size)
+            raise OSError(-result, os.strerror(-result))
+        _MAPPINGS[self._address] = weakref.ref(self)
+        self._finalizer = weakref.finalize(self, _release, self._address, size, released)
+        self._finalizer.atexit = False
+
+    @property
+    def address(self) -> int:
+        """Host virtual address of the first byte. Raises ValueError when closed."""
+        if self.closed:
+            raise ValueError("this DeviceMapping is closed")
+        return self._address
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._size
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return not self._finalizer.alive
+
+    def insert(self, offset: int, fd: int, fd_offset: int = 0, *, writable: bool = True) -> None:
+        """Make a page present: the page of file ``fd`` at ``fd_offset`` (vmf_insert_pfn()); replaces what was there.
+
+        Raises IndexError, ValueError for an offset that is no page of the mapping; OSError as mmap(2), and ENXIO when
+        the mapping is closed.
+        """
+        self._check(offset, PAGE_SIZE)
+        allowed = writable and self._writable
+        prot = libc.PROT_READ | (libc.PROT_WRITE if allowed else 0)
+        with self._lock:
+            if self.closed:
+                raise OSError(errno.ENXIO, "this DeviceMapping is closed")
+            libc.mmap(self._address + offset, PAGE_SIZE, prot, libc.MAP_SHARED | libc.MAP_FIXED, fd, fd_offset)
+            self._pages[offset] = allowed
+
+    def zap(self, offset: int = 0, length: int | None = None) -> None:
+        """Make pages absent (zap_vma_ptes()): no vCPU reaches them when it returns. Default: to the end.
+
+        Raises IndexError, ValueError for a range that is not of the mapping's pages.
+        """
+        length = self._size - offset if length is None else length
+        self._check(offset, length)
+        with self._lock:
+            if self.closed:
+                return
+            libc.mmap(self._address + offset, length, libc.PROT_NONE, _RESERVED | libc.MAP_FIXED)
+            for page in [page for page in self._pages if offset <= page < offset + length]:
+                del self._pages[page]
+
+    def present(self, offset: int) -> bool:
+        """Say whether the page at this offset is there."""
+        return offset // PAGE_SIZE * PAGE_SIZE in self._pages
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read as the process: pages that are absent are faulted in. Raises IndexError; OSError: EFAULT."""
+        self._touch(offset, length, 0)
+        return libc.copy_out(self._address + offset, length)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write as the process. Raises as ``read``."""
+        self._touch(offset, len(data), _ACCESS_WRITE)
+        libc.copy_in(self._address + offset, data)
+
+    def close(self) -> None:
+        """Unmap it. A guest that still has it in a slot faults. Idempotent."""
+        with self._lock:
+            self._finalizer()
+            self._pages.clear()
+
+    def _touch(self, offset: int, length: int, access: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise IndexError(f"[{offset:#x}, {offset + length:#x}) is outside of {self._size:#x} bytes")
+        for page in range(offset // PAGE_SIZE * PAGE_SIZE, offset + length, PAGE_SIZE):
+            if self.resolve(page, access) == _FAILED:
+                raise OSError(errno.EFAULT, f"the device's fault handler failed at offset {page:#x}")
+
+    def resolve(self, offset: int, access: int) -> int:
+        """The engine's question about an absent or protected page: ``enum ak_device_answer``."""
+        write = access == _ACCESS_WRITE
+        if offset not in self._pages:
+            if self.closed or (write and not self._writable):
+                return _FAILED  # fixup_user_fault(): vma_permits_fault()
+            try:
+                self._fault(self, offset, write)
+            except OSError:
+                return _FAILED  # VM_FAULT_SIGBUS
+            except BaseException as error:
+                _report(error, self._fault)
+                return _FAILED
+        allowed = self._pages.get(offset)
+        if allowed is None:
+            return _FAILED  # the handler said nothing and did nothing
+        return _READ_ONLY if write and not allowed else _PRESENT
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self._size:
+            raise IndexError(f"[{offset:#x}, {offset + length:#x}) is outside of {self._size:#x} bytes")
+        if offset % PAGE_SIZE or length % PAGE_SIZE:
+            raise ValueError(f"[{offset:#x}, {offset + length:#x}) is not a range of whole pages")
+
+    def __enter__(self) -> DeviceMapping:
+        """Give the object itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Show where it is and how much of it is present."""
+        state = "closed" if self.closed else f"at {self._address:#x}, {len(self._pages)} pages present"
+        return f"<{type(self).__name__} {state}, {self._size:#x} bytes>"
+
+
+_MAPPINGS: Final[dict[int, weakref.ref[DeviceMapping]]] = {}
+
+
+def _fault(address: int, access: int) -> int:
+    for start, reference in list(_MAPPINGS.items()):
+        mapping = reference()
+        if mapping is not None and start <= address < start + mapping.size:
+            return mapping.resolve(address - start, access)
+    return _FAILED
+
+
+_CALLBACK: Final = DEVICE_FAULT(_fault)
+
+
+def _install() -> None:
+    library().ak_device_handler(_CALLBACK)
+
+
+def _release(address: int, size: int, released: Callable[[], None] | None) -> None:
+    _MAPPINGS.pop(address, None)
+    library().ak_device_remove(address)
+    libc.munmap(address, size)
+    if released is not None:
+        released()
+
+
+def _report(error: BaseException, handler: object) -> None:
+    told: Any = SimpleNamespace(
+        exc_type=type(error),
+        exc_value=error,
+        exc_traceback=error.__traceback__,
+        err_msg="a device's fault handler failed",
+        object=handler,
+    )
+    sys.unraisablehook(told)
