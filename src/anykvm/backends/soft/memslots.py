@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 from anykvm.abi.constants import KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from anykvm.backends.soft.capabilities import KVM_ADDRESS_SPACES, KVM_USER_MEM_SLOTS
 from anykvm.backends.soft.cpuid import MAXPHYADDR
+from anykvm.backends.soft.dirty import DirtyBitmap, DirtyLog
 from anykvm.backends.soft.engine.library import AkSlot, library
 from anykvm.backends.soft.errors import Refused
 
@@ -93,6 +94,7 @@ class Memslots:
         self._vm_address = vm_address
         self.spaces = tuple(AddressSpace() for _ in range(KVM_ADDRESS_SPACES))
         self.nr_memslot_pages = 0
+        self.dirty = DirtyLog()
 
     def set_memory_region(self, region: Region, *, v1: bool) -> None:
         """Create, delete, move or change a slot; ``v1``: by KVM_SET_USER_MEMORY_REGION, which knows two flags.
@@ -126,11 +128,15 @@ class Memslots:
 
     def _commit(self, space: AddressSpace, old: Memslot | None, new: Memslot | None) -> None:
         """kvm_set_memslot(). Only address space 0 is the engine's: no vCPU is ever in system management mode."""
+        bitmap = self.dirty.prepare(old, new)
         if space is self.spaces[0]:
-            result: int = library().ak_set_memslot(self._vm_address, _for_engine(old), _for_engine(new))
+            before, after = _for_engine(old, self.dirty.bitmap(old)), _for_engine(new, bitmap)
+            result: int = library().ak_set_memslot(self._vm_address, before, after)
             if result:
                 raise Refused(-result)
         space.replace(old, new)
+        for slot in {slot.slot for slot in (old, new) if slot}:
+            self.dirty.commit(slot, bitmap)
         self.nr_memslot_pages += (new.npages if new else 0) - (old.npages if old else 0)
 
 
@@ -169,7 +175,8 @@ def _check_modify(old: Memslot, new: Memslot) -> None:
         raise Refused(errno.EINVAL, "the slot exists: KVM_MEM_READONLY in flags cannot change")
 
 
-def _for_engine(slot: Memslot | None) -> AkSlot | None:
+def _for_engine(slot: Memslot | None, bitmap: DirtyBitmap | None) -> AkSlot | None:
     if slot is None:
         return None
-    return AkSlot(slot.base_gfn, slot.npages, slot.userspace_addr, slot.flags, slot.slot, None)
+    address = bitmap.address if bitmap else None
+    return AkSlot(slot.base_gfn, slot.npages, slot.userspace_addr, slot.flags, slot.slot, address)

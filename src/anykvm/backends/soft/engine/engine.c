@@ -46,6 +46,7 @@ void ak_vm_destroy(struct ak_vm *vm)
     for (u32 i = 0; i < vm->nslots; i++)
         free(vm->slots[i]);
     free(vm->slots);
+    free(vm->slots_by_id);
     free(vm->poisoned);
     pthread_mutex_destroy(&vm->lock);
     pthread_cond_destroy(&vm->changed);

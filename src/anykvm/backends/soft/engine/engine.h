@@ -52,7 +52,7 @@ enum ak_exit_kind {
     AK_EXIT_DELIVERY,     /* KVM_INTERNAL_ERROR_DELIVERY_EV: gpa of the device page met while delivering */
     AK_EXIT_IRQ_WINDOW,   /* an interrupt can be taken and somebody waits for that */
     AK_EXIT_HYPERCALL,    /* VMCALL/VMMCALL */
-    AK_EXIT_DIRTY_FULL,
+    AK_EXIT_DIRTY_FULL,   /* the dirty ring is at its soft limit */
     AK_EXIT_ENGINE,       /* the engine could not go on; err */
     AK_EXIT_HWPOISON,     /* a poisoned page of ordinary memory: SIGBUS for this thread, at hva */
 };
@@ -110,6 +110,8 @@ struct ak_vm {
     pthread_cond_t changed;
     struct ak_slot **slots;   /* by base_gfn; as_id 0 */
     u32 nslots, slots_room;
+    struct ak_slot **slots_by_id;
+    u32 ids_room;
     volatile u32 paused;      /* updaters waiting or at work: vCPUs stay out of guest mode */
     u32 in_guest;
     u32 dead;
@@ -145,6 +147,14 @@ struct ak_msr_state {
     u64 apic_base, misc_enable, tsc_adjust, hwcr, bios_sign_id, platform_info, mcg_status, mcg_ctl, spec_ctrl;
     u64 mtrr_def, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8];
     int64_t tsc_offset;
+};
+
+/* struct kvm_dirty_ring: of kvm_dirty_gfn entries in the vCPU file, from page 64 on. */
+struct ak_dirty_gfn;
+struct ak_dirty_ring {
+    struct ak_dirty_gfn *gfns;
+    u32 size;                 /* entries; 0: there is none */
+    u32 dirty_index, reset_index;
 };
 
 struct ak_vcpu {
@@ -211,6 +221,7 @@ struct ak_vcpu {
     u32 insn_len;
     u8 insn_bytes[16];
     void *tlb_flush_pending;
+    struct ak_dirty_ring ring;
 };
 
 /* engine.c */
@@ -271,6 +282,8 @@ int ak_copy_out(u64 to, const void *from, u64 size);
 int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned);
 u32 ak_hva_to_pfn(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
 void ak_mark_page_dirty(struct ak_vcpu *v, struct ak_slot *slot, u64 gfn);
+void ak_dirty_ring_check(struct ak_vcpu *v, uintptr_t retaddr);
+bool ak_dirty_ring_full(const struct ak_vcpu *v);
 
 /* slots.c */
 struct ak_slot *ak_gfn_to_memslot(struct ak_vm *vm, u64 gfn);
