@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 CONTRACT = "src/anykvm/backends/soft/run.py"
+TESTS = ("tests/test_run_contract.py", "tests/test_dirty_ring.py")
 
 
 def main() -> int:
@@ -20,7 +21,7 @@ def main() -> int:
         data, report = Path(folder, "data"), Path(folder, "report.json")
         env = os.environ | {"ANYKVM_PURE": "1", "COVERAGE_FILE": str(data)}
         coverage = [sys.executable, "-m", "coverage"]
-        tests = [*coverage, "run", f"--include={CONTRACT}", "-m", "pytest", "tests/test_run_contract.py"]
+        tests = [*coverage, "run", f"--include={CONTRACT}", "-m", "pytest", *TESTS]
         ran = subprocess.run(tests, cwd=root, env=env)
         if ran.returncode:
             return ran.returncode

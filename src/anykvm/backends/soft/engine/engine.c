@@ -250,6 +250,15 @@ void ak_flush_tlb(struct ak_vcpu *v)
 
 /* -- guest mode: updates to what a TLB fill reads wait until no vCPU is in it ---------------------------------------- */
 
+/* What an update asked for (ak_vm_resume()), before guest code runs again. */
+void ak_flush_pending(struct ak_vcpu *v)
+{
+    if (v->tlb_flush_pending) {
+        v->tlb_flush_pending = NULL;
+        tlb_flush_x86_64(v->cpu);
+    }
+}
+
 bool ak_guest_enter(struct ak_vcpu *v)
 {
     struct ak_vm *vm = v->vm;
@@ -262,10 +271,7 @@ bool ak_guest_enter(struct ak_vcpu *v)
         pthread_mutex_unlock(&vm->lock);
         __atomic_add_fetch(&vm->in_guest, 1, __ATOMIC_SEQ_CST);
     }
-    if (v->tlb_flush_pending) {
-        v->tlb_flush_pending = NULL;
-        tlb_flush_x86_64(v->cpu);
-    }
+    ak_flush_pending(v);
     return true;
 }
 

@@ -238,6 +238,7 @@ void ak_note_helper_frame(struct ak_vcpu *v, uintptr_t return_slot);
 uintptr_t ak_helper_return(const struct ak_vcpu *v);
 void ak_vm_pause(struct ak_vm *vm);
 void ak_vm_resume(struct ak_vm *vm, bool flush);
+void ak_flush_pending(struct ak_vcpu *v);
 bool ak_guest_enter(struct ak_vcpu *v);
 void ak_guest_exit(struct ak_vcpu *v);
 const char *ak_self_test(void);
