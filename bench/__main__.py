@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anykvm import probe_device
-from bench import measure
+from bench import measure, memory
 
 
 @dataclass
@@ -65,7 +65,23 @@ def start() -> Result:
     return Result("import anykvm, create a VM, first exit", value, "s", "<= 0.25", value <= 0.25)
 
 
-BENCHMARKS: list[Callable[[], Result]] = [pio, fault, paging, code, start]
+def dirty_log() -> Result:
+    value, clean, many = memory.harvest(100), memory.harvest(0), memory.harvest(10_000)
+    cleared = {pages: memory.harvest(pages, manual=True) for pages in (0, 100, 10_000)}
+    peers = {"none dirty": clean, "10000 dirty": many}
+    peers |= {f"GET and CLEAR, {pages} dirty": took for pages, took in cleared.items()}
+    ok = value <= 200
+    return Result("dirty-log harvest of 1 GiB, 100 pages dirty", value, "us", "<= 200", ok, peers)
+
+
+def slots() -> Result:
+    one, hundred, value = memory.slots((1, 100, 10_000))
+    ok = value <= 1.5 * one
+    peers = {"beside 1": one, "beside 100": hundred}
+    return Result("memslot create and delete, beside 10000", value, "us", "<= 1.5x beside 1", ok, peers)
+
+
+BENCHMARKS: list[Callable[[], Result]] = [pio, fault, paging, code, start, dirty_log, slots]
 
 
 def main() -> None:

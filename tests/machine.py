@@ -66,11 +66,15 @@ class Machine:
     def __init__(self, kvm: Kvm, size: int = 4 << 20, type: int = 0) -> None:
         self.kvm = kvm
         self.memory = GuestMemory(size)
-        self.vm: Vm = kvm.create_vm(type)
+        self.vm: Vm = self.create_vm(kvm, type)
         self.slot = self.vm.map(self.memory, 0)
         self.vcpu: Vcpu = self.vm.create_vcpu()
         self.vcpu.set_cpuid2(kvm.get_supported_cpuid())
         self.extra: list[Vcpu] = []
+
+    def create_vm(self, kvm: Kvm, type: int) -> Vm:
+        """Before it has a slot or a vCPU."""
+        return kvm.create_vm(type)
 
     def __enter__(self) -> Machine:
         return self

@@ -21,6 +21,7 @@ from soft_helpers import PAGE, Guest, error_of, refused
 
 ADDRESS = ctypes.addressof
 NO_POINTER = {
+    abi.KVM_RESET_DIRTY_RINGS,
     abi.KVM_NMI,
     abi.KVM_GET_TSC_KHZ,
     abi.KVM_SET_TSC_KHZ,
@@ -106,7 +107,6 @@ def test_capabilities(guest: Guest) -> None:
     for absent in (
         abi.KVM_CAP_IRQCHIP,
         abi.KVM_CAP_COALESCED_MMIO,
-        abi.KVM_CAP_DIRTY_LOG_RING,
         abi.KVM_CAP_SET_GUEST_DEBUG,
         abi.KVM_CAP_TSC_CONTROL,
         abi.KVM_CAP_ASYNC_PF,
@@ -131,6 +131,8 @@ OFFERED = {
     abi.KVM_CAP_IOEVENTFD: [(VM, abi.KVM_IOEVENTFD)],
     abi.KVM_CAP_GUEST_MEMFD: [(VM, abi.KVM_CREATE_GUEST_MEMFD)],
     abi.KVM_CAP_MEMORY_ATTRIBUTES: [(VM, abi.KVM_SET_MEMORY_ATTRIBUTES)],
+    abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: [(VM, abi.KVM_CLEAR_DIRTY_LOG)],
+    abi.KVM_CAP_DIRTY_LOG_RING: [(VM, abi.KVM_RESET_DIRTY_RINGS)],
     abi.KVM_CAP_COALESCED_MMIO: [(VM, abi.KVM_REGISTER_COALESCED_MMIO)],
     abi.KVM_CAP_ADJUST_CLOCK: [(VM, abi.KVM_GET_CLOCK), (VM, abi.KVM_SET_CLOCK)],
     abi.KVM_CAP_EXT_CPUID: [(SYSTEM, abi.KVM_GET_SUPPORTED_CPUID), (VCPU, abi.KVM_SET_CPUID2)],

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 CONTRACT = "src/anykvm/backends/soft/run.py"
-TESTS = ("tests/test_run_contract.py", "tests/test_hypercall.py")
+TESTS = ("tests/test_run_contract.py", "tests/test_hypercall.py", "tests/test_dirty_ring.py")
 
 
 def main() -> int:

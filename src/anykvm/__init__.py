@@ -17,6 +17,8 @@ from anykvm.api import PAGE_SIZE as PAGE_SIZE
 from anykvm.api import Answerable as Answerable
 from anykvm.api import ApResetHold as ApResetHold
 from anykvm.api import Debug as Debug
+from anykvm.api import DirtyPage as DirtyPage
+from anykvm.api import DirtyRing as DirtyRing
 from anykvm.api import DirtyRingFull as DirtyRingFull
 from anykvm.api import Exit as Exit
 from anykvm.api import FailEntry as FailEntry

@@ -1,5 +1,7 @@
 """KVM as Python objects, written only against the waist (``anykvm.backends.base``)."""
 
+from anykvm.api.dirty_ring import DirtyPage as DirtyPage
+from anykvm.api.dirty_ring import DirtyRing as DirtyRing
 from anykvm.api.exits import Answerable as Answerable
 from anykvm.api.exits import Exit as Exit
 from anykvm.api.exits import Intr as Intr

@@ -8,7 +8,9 @@ from typing import NamedTuple, Protocol
 
 from anykvm.abi import ioctls as n
 from anykvm.abi import structures as s
+from anykvm.abi.constants import KVM_CAP_DIRTY_LOG_RING
 from anykvm.api import libc
+from anykvm.api.enable import enable_cap
 from anykvm.api.handle import Handle
 from anykvm.api.memory import PAGE_SIZE
 from anykvm.api.region import why_region_refused
@@ -41,6 +43,9 @@ class VmMemory(Handle):
     """The memory ioctls of ``Vm``."""
 
     _slots: dict[int, Slot]
+    _free_from = 0  # no slot below is free
+    dirty_ring_size = 0
+    """Bytes of each vCPU's dirty ring, if ``enable_dirty_ring`` chose it."""
 
     def map(self, memory: HostMemory, guest_phys_addr: int, slot: int | None = None, flags: int = 0) -> int:
         """Put all of ``memory`` at a guest-physical address; returns the slot, the lowest free one if not given.
@@ -48,7 +53,10 @@ class VmMemory(Handle):
         The VM keeps ``memory`` alive, but does not close it. Raises OSError as ``set_user_memory_region``.
         """
         if slot is None:
-            slot = next(index for index in range(1 << 16) if index not in self._slots)
+            slot = self._free_from
+            while slot in self._slots:
+                slot += 1
+            self._free_from = slot
         self.set_user_memory_region(slot, guest_phys_addr, memory.size, memory.address, flags)
         self._slots[slot] = Slot(guest_phys_addr, memory.size, memory)
         return slot
@@ -105,13 +113,18 @@ class VmMemory(Handle):
         slot, size = fields["slot"], fields["memory_size"]
         self._call(request, region, fields, lambda errno: why_region_refused(errno, fields, self._slots))
         old = self._slots.pop(slot, None)
-        if size:
+        if not size:
+            self._free_from = min(self._free_from, slot)
+        else:
             self._slots[slot] = Slot(fields["guest_phys_addr"], size, old.memory if old else None)
 
     def get_dirty_log(self, slot: int, pages: int | None = None) -> bytes:
         """KVM_GET_DIRTY_LOG: a bitmap of the slot's pages, bit 0 of byte 0 the first.
 
         ``pages`` is needed only for a slot that was not set through this object.
+        The pages written since the last call; with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 enabled, since they were cleared
+        by ``clear_dirty_log``. Read the pages after it: what the guest writes from then on is in the next bitmap. User
+        space's own writes are in none.
         Raises OSError: ENOENT for a slot that is absent or not logged, ENXIO with a dirty ring instead of bitmaps.
         """
         bitmap = self._bitmap(slot, pages)
@@ -139,8 +152,22 @@ class VmMemory(Handle):
             pages = known.memory_size // PAGE_SIZE if known else 0
         return (ctypes.c_uint8 * ((pages + 63) // 64 * 8))()
 
+    def enable_dirty_ring(self, size: int) -> None:
+        """KVM_ENABLE_CAP(KVM_CAP_DIRTY_LOG_RING): log to a ring of ``size`` bytes a vCPU instead of to bitmaps.
+
+        ``size`` is a power of two, 16 bytes an entry; KVM keeps 64 entries and more in reserve. See ``DirtyRing``.
+        Raises OSError: EINVAL for a size that is too small or no power of two, when a vCPU exists, or the second time;
+        E2BIG over what ``check_extension(KVM_CAP_DIRTY_LOG_RING)`` says.
+        """
+        enable_cap(self, KVM_CAP_DIRTY_LOG_RING, (size,), 0)
+        self.dirty_ring_size = size
+
     def reset_dirty_rings(self) -> int:
-        """KVM_RESET_DIRTY_RINGS: take back harvested entries; returns how many. EINVAL: no ring."""
+        """KVM_RESET_DIRTY_RINGS: take back harvested entries; returns how many.
+
+        From then on the next write to each of their pages is told again (``DirtyRing``).
+        Raises OSError: EINVAL, the VM has no dirty rings.
+        """
         return self._call(n.KVM_RESET_DIRTY_RINGS)
 
     def set_memory_attributes(self, address: int, size: int, attributes: int, flags: int = 0) -> None:

@@ -15,6 +15,8 @@ KVM_USER_MEM_SLOTS: Final = 32764
 """SHRT_MAX less three internal slots: memslots per address space."""
 KVM_ADDRESS_SPACES: Final = 2
 """0: everything; 1: what only a vCPU in system management mode sees."""
+KVM_DIRTY_RING_MAX_BYTES: Final = 65536 * 16
+"""Of a vCPU's dirty ring: KVM_DIRTY_RING_MAX_ENTRIES of 16 bytes."""
 KVM_MAX_VCPUS: Final = 256
 """vCPUs per VM: each is an engine instance of about 3 MiB."""
 KVM_MAX_VCPU_IDS: Final = 1024
@@ -37,6 +39,9 @@ CAPABILITIES: Final[Mapping[int, int]] = MappingProxyType(
         c.KVM_CAP_GUEST_MEMFD: 1,
         c.KVM_CAP_GUEST_MEMFD_FLAGS: c.GUEST_MEMFD_FLAG_MMAP | c.GUEST_MEMFD_FLAG_INIT_SHARED,
         c.KVM_CAP_PRE_FAULT_MEMORY: 1,
+        c.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: c.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | c.KVM_DIRTY_LOG_INITIALLY_SET,
+        c.KVM_CAP_DIRTY_LOG_RING: KVM_DIRTY_RING_MAX_BYTES,
+        c.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: KVM_DIRTY_RING_MAX_BYTES,
         # VM
         c.KVM_CAP_VM_TYPES: 1 << c.KVM_X86_DEFAULT_VM | 1 << c.KVM_X86_SW_PROTECTED_VM,
         c.KVM_CAP_EXIT_HYPERCALL: KVM_EXIT_HYPERCALL_VALID_MASK,

@@ -5,15 +5,16 @@ kvm_main.c:kvm_set_memory_region(), whose checks stand here in its order, number
 from __future__ import annotations
 
 import errno
-from bisect import bisect_left, bisect_right
 from typing import Final, NamedTuple
 
 from anykvm.abi.constants import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
 from anykvm.backends.soft.capabilities import KVM_USER_MEM_SLOTS
 from anykvm.backends.soft.cpuid import MAXPHYADDR
+from anykvm.backends.soft.dirty import DirtyBitmap, DirtyLog
 from anykvm.backends.soft.engine.library import AkSlot, library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.gmem_binding import Binding, Bindings
+from anykvm.backends.soft.ordered import SortedNumbers
 
 PAGE_SIZE: Final = 4096
 PAGE_SHIFT: Final = 12
@@ -58,36 +59,34 @@ class AddressSpace:
     def __init__(self) -> None:
         """No slots."""
         self.by_id: dict[int, Memslot] = {}
-        self._bases: list[int] = []  # sorted base_gfn of every slot
-        self._slots: list[Memslot] = []  # in the same order
+        self._bases = SortedNumbers()
+        self._by_base: dict[int, Memslot] = {}
+
+    def _below(self, end: int) -> Memslot | None:
+        """Find the last slot that begins below ``end``."""
+        base = self._bases.at_or_below(end - 1)
+        return None if base is None else self._by_base[base]
 
     def gfn_to_memslot(self, gfn: int) -> Memslot | None:
         """Find the slot of a guest frame."""
-        at = bisect_right(self._bases, gfn) - 1
-        if at < 0 or gfn >= self._slots[at].base_gfn + self._slots[at].npages:
-            return None
-        return self._slots[at]
+        slot = self._below(gfn + 1)
+        return slot if slot and gfn < slot.base_gfn + slot.npages else None
 
     def overlap(self, base_gfn: int, npages: int, ignore: Memslot | None) -> Memslot | None:
         """Find a slot, other than ``ignore``, that has one of these frames (kvm_check_memslot_overlap())."""
-        at = bisect_left(self._bases, base_gfn + npages) - 1
-        if at >= 0 and self._slots[at] is ignore:
-            at -= 1
-        if at < 0 or self._slots[at].base_gfn + self._slots[at].npages <= base_gfn:
-            return None
-        return self._slots[at]
+        slot = self._below(base_gfn + npages)
+        if slot and slot is ignore:
+            slot = self._below(slot.base_gfn)
+        return slot if slot and slot.base_gfn + slot.npages > base_gfn else None
 
     def replace(self, old: Memslot | None, new: Memslot | None) -> None:
         """Take ``old`` out and put ``new`` in; either may be None."""
         if old is not None:
-            at = bisect_left(self._bases, old.base_gfn)
-            del self._bases[at], self._slots[at]
-            del self.by_id[old.slot & 0xFFFF]
+            self._bases.remove(old.base_gfn)
+            del self._by_base[old.base_gfn], self.by_id[old.slot & 0xFFFF]
         if new is not None:
-            at = bisect_left(self._bases, new.base_gfn)
-            self._bases.insert(at, new.base_gfn)
-            self._slots.insert(at, new)
-            self.by_id[new.slot & 0xFFFF] = new
+            self._bases.add(new.base_gfn)
+            self._by_base[new.base_gfn] = self.by_id[new.slot & 0xFFFF] = new
 
 
 class Memslots:
@@ -99,6 +98,7 @@ class Memslots:
         self.spaces = tuple(AddressSpace() for _ in range(address_spaces))
         self._bindings = Bindings()
         self.nr_memslot_pages = 0
+        self.dirty = DirtyLog()
 
     def set_memory_region(self, region: Region, *, v1: bool) -> None:
         """Create, delete, move or change a slot; ``v1``: by KVM_SET_USER_MEMORY_REGION, which knows two flags.
@@ -137,12 +137,16 @@ class Memslots:
 
     def _commit(self, space: AddressSpace, old: Memslot | None, new: Memslot | None) -> None:
         """kvm_set_memslot(). Only address space 0 is the engine's: no vCPU is ever in system management mode."""
+        bitmap = self.dirty.prepare(old, new)
         if space is self.spaces[0]:
-            result: int = library().ak_set_memslot(self._vm_address, _for_engine(old), _for_engine(new))
+            before, after = _for_engine(old, self.dirty.bitmap(old)), _for_engine(new, bitmap)
+            result: int = library().ak_set_memslot(self._vm_address, before, after)
             if result:
                 raise Refused(-result)
         space.replace(old, new)
         self._bindings.replace(old and old.binding, new and new.binding)
+        for slot in {slot.slot for slot in (old, new) if slot}:
+            self.dirty.commit(slot, bitmap)
         self.nr_memslot_pages += (new.npages if new else 0) - (old.npages if old else 0)
 
 
@@ -187,8 +191,9 @@ def _check_modify(old: Memslot, new: Memslot) -> None:
         raise Refused(errno.EINVAL, "the slot exists: KVM_MEM_READONLY and KVM_MEM_GUEST_MEMFD in flags cannot change")
 
 
-def _for_engine(slot: Memslot | None) -> AkSlot | None:
+def _for_engine(slot: Memslot | None, bitmap: DirtyBitmap | None) -> AkSlot | None:
     if slot is None:
         return None
     gmem = (slot.binding.address, slot.binding.offset, slot.binding.gmem_only) if slot.binding else (0, 0, False)
-    return AkSlot(slot.base_gfn, slot.npages, slot.userspace_addr, slot.flags, slot.slot, None, *gmem)
+    address = bitmap.address if bitmap else None
+    return AkSlot(slot.base_gfn, slot.npages, slot.userspace_addr, slot.flags, slot.slot, address, *gmem)

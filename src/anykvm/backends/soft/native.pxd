@@ -40,6 +40,7 @@ cdef extern from "engine.h" nogil:
         KVM_EXIT_INTR
         KVM_EXIT_INTERNAL_ERROR
         KVM_EXIT_MEMORY_FAULT
+        KVM_EXIT_DIRTY_RING_FULL
         KVM_INTERNAL_ERROR_EMULATION
         KVM_INTERNAL_ERROR_DELIVERY_EV
         AK_EXIT_KICKED
@@ -51,6 +52,7 @@ cdef extern from "engine.h" nogil:
         AK_EXIT_DELIVERY
         AK_EXIT_IRQ_WINDOW
         AK_EXIT_HYPERCALL
+        AK_EXIT_DIRTY_FULL
         AK_EXIT_HWPOISON
         AK_COMPLETE_NONE
         AK_COMPLETE_PIO
@@ -77,6 +79,7 @@ cdef extern from "engine.h" nogil:
     void ak_complete_hypercall(ak_vcpu *v)
     void ak_run_guest(ak_vcpu *v)
     bint ak_irq_window(ak_vcpu *v)
+    bint ak_dirty_ring_full(const ak_vcpu *v)
     void ak_complete_pio(ak_vcpu *v)
     bint ak_next_fragment(ak_vcpu *v)
     void ak_answer_read(ak_vcpu *v)

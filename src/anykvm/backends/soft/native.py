@@ -25,6 +25,7 @@ KVM_EXIT_SHUTDOWN = abi.KVM_EXIT_SHUTDOWN
 KVM_EXIT_INTR = abi.KVM_EXIT_INTR
 KVM_EXIT_INTERNAL_ERROR = abi.KVM_EXIT_INTERNAL_ERROR
 KVM_EXIT_MEMORY_FAULT = abi.KVM_EXIT_MEMORY_FAULT
+KVM_EXIT_DIRTY_RING_FULL = abi.KVM_EXIT_DIRTY_RING_FULL
 KVM_INTERNAL_ERROR_EMULATION = abi.KVM_INTERNAL_ERROR_EMULATION
 KVM_INTERNAL_ERROR_DELIVERY_EV = abi.KVM_INTERNAL_ERROR_DELIVERY_EV
 
@@ -103,7 +104,14 @@ vcpu_p = Vcpu
 
 #: Functions that return a C bool: only the low byte of the result is theirs.
 PREDICATES = frozenset(
-    {"ak_signal_pending", "ak_irq_window", "ak_next_fragment", "ak_send_hwpoison_signal", "ak_hypercall"}
+    {
+        "ak_signal_pending",
+        "ak_irq_window",
+        "ak_next_fragment",
+        "ak_send_hwpoison_signal",
+        "ak_hypercall",
+        "ak_dirty_ring_full",
+    }
 )
 
 

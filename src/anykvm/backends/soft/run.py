@@ -102,6 +102,8 @@ def complete_userspace_io(vcpu: native.vcpu_p) -> cython.int:
 def vcpu_run(vcpu: native.vcpu_p) -> cython.int:
     """x86.c:vcpu_run(): the loop around the guest."""
     vcpu.run.exit_reason = native.KVM_EXIT_UNKNOWN  # here, and no earlier: rows up to 17 keep the old reason
+    if native.ak_dirty_ring_full(vcpu):
+        return dirty_ring_full(vcpu)  # before a signal is looked for
     if vcpu.has_sigmask and native.ak_signal_pending(vcpu):
         return signal_exit(vcpu)  # blocked for the thread, open for KVM_RUN: the guest is not entered
     r: cython.int = 1
@@ -115,7 +117,15 @@ def vcpu_run(vcpu: native.vcpu_p) -> cython.int:
             r = signal_exit(vcpu)  # row 31
         if r > 0 and native.ak_vcpu_dead(vcpu):
             r = -native.EIO  # row 20
+        if r > 0 and native.ak_dirty_ring_full(vcpu):
+            r = dirty_ring_full(vcpu)
     return r
+
+
+def dirty_ring_full(vcpu: native.vcpu_p) -> cython.int:
+    """Row 21, dr:kvm_dirty_ring_check_request(): no entry into the guest until KVM_RESET_DIRTY_RINGS has made room."""
+    vcpu.run.exit_reason = native.KVM_EXIT_DIRTY_RING_FULL
+    return 0
 
 
 def signal_exit(vcpu: native.vcpu_p) -> cython.int:
@@ -156,8 +166,8 @@ def rare_exit(vcpu: native.vcpu_p, kind: cython.int) -> cython.int:
     if kind == native.AK_EXIT_SHUTDOWN:
         vcpu.run.exit_reason = native.KVM_EXIT_SHUTDOWN
         return 0
-    if kind == native.AK_EXIT_IRQ_WINDOW:
-        return 1  # row 30 decides, at the loop's tail
+    if kind == native.AK_EXIT_IRQ_WINDOW or kind == native.AK_EXIT_DIRTY_FULL:
+        return 1  # rows 30 and 21 decide, at the loop's tail
     if kind == native.AK_EXIT_HWPOISON:
         # kvm_send_hwpoison_signal() and RET_PF_RETRY: EINTR if SIGBUS is deliverable, else again and again
         return signal_exit(vcpu) if native.ak_send_hwpoison_signal(vcpu) else 1

@@ -6,6 +6,7 @@ import errno
 import os
 from typing import TYPE_CHECKING, Final
 
+from anykvm.backends.soft.dirty import ENTRY_SIZE, RING_OFFSET
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
@@ -25,16 +26,20 @@ __all__ = ["MAX_IO_MSRS", "VCPU_MMAP_SIZE", "Vcpu", "VcpuFile", "create_vcpu"]
 class Vcpu:
     """struct kvm_vcpu. Owned by its VM, which destroys it."""
 
-    def __init__(self, address: int, vcpu_id: int, pages: int) -> None:
-        """``address`` of struct ak_vcpu, ``pages`` of the backend's mapping of its kvm_run."""
+    def __init__(self, address: int, vcpu_id: int, pages: int, ring: int = 0, ring_size: int = 0) -> None:
+        """``address`` of struct ak_vcpu, ``pages`` and ``ring`` of the backend's mappings of its file."""
         self.address = address
         self.vcpu_id = vcpu_id
         self.pages = pages
+        self.ring = ring
+        self.ring_size = ring_size
 
     def destroy(self) -> None:
         """Free it; nothing may use it any more."""
         library().ak_vcpu_destroy(self.address)
         unmap(self.pages, VCPU_MMAP_SIZE)
+        if self.ring_size:
+            unmap(self.ring, self.ring_size)
 
 
 class VcpuFile(int, File):
@@ -54,6 +59,7 @@ class VcpuFile(int, File):
         self = super().__new__(cls, vcpu.address)
         self.vcpu = vcpu
         self.vm = vm
+        self.mmap_size = file_size(vcpu.ring_size)
         return self
 
     def ioctl(self, request: int, arg: int) -> int:
@@ -69,23 +75,33 @@ class VcpuFile(int, File):
         return handler(self, arg)
 
 
-def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool) -> tuple[int, Vcpu]:
+def file_size(ring_size: int) -> int:
+    """Bytes of a vCPU's file: its pages, and from RING_OFFSET on its dirty ring; nothing is between them."""
+    return RING_OFFSET + ring_size if ring_size else VCPU_MMAP_SIZE
+
+
+def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, ring_size: int = 0) -> tuple[int, Vcpu]:
     """Make a vCPU of the engine's VM and a descriptor with its pages.
 
-    ``profile``: whose KVM it belongs to; ``bsp``: it boots the VM.
+    ``profile``: whose KVM it belongs to; ``bsp``: it boots the VM; ``ring_size``: bytes of its dirty ring.
     Raises OSError: EMFILE, ENOMEM; Refused: ENOMEM.
     """
-    fd = FILES.create(f"kvm-vcpu:{vcpu_id}", VCPU_MMAP_SIZE)
-    pages = 0
+    fd = FILES.create(f"kvm-vcpu:{vcpu_id}", file_size(ring_size))
+    pages = ring = 0
     try:
         pages = map_shared(fd, VCPU_MMAP_SIZE, 0)
+        ring = map_shared(fd, ring_size, RING_OFFSET) if ring_size else 0
         address: int = library().ak_vcpu_create(vm_address, vcpu_id, pages)
         if not address:
             raise Refused(errno.ENOMEM, "no memory for a vCPU")
     except BaseException:
         if pages:
             unmap(pages, VCPU_MMAP_SIZE)
+        if ring:
+            unmap(ring, ring_size)
         os.close(fd)
         raise
     library().ak_vcpu_configure(address, profile.annotate_unresolved, profile.init_after_shutdown, bsp)
-    return fd, Vcpu(address, vcpu_id, pages)
+    if ring_size:
+        library().ak_dirty_ring_setup(address, ring, ring_size // ENTRY_SIZE)
+    return fd, Vcpu(address, vcpu_id, pages, ring, ring_size)

@@ -12,6 +12,7 @@ from typing import Final
 from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
 from anykvm.abi.structures import kvm_enable_cap, kvm_userspace_memory_region, kvm_userspace_memory_region2
+from anykvm.backends.soft import dirty
 from anykvm.backends.soft.attributes import enable_exit_hypercall, set_memory_attributes
 from anykvm.backends.soft.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, check_extension
 from anykvm.backends.soft.engine.library import install_handlers, library
@@ -137,7 +138,8 @@ def _create_vcpu(vm: Vm, arg: int) -> int:
         raise Refused(errno.EINVAL, f"vcpu_id is not below {vm.max_vcpu_ids} (set by KVM_ENABLE_CAP)")
     if arg in vm.vcpus:
         raise Refused(errno.EEXIST, f"this vcpu_id is in use: {arg}")
-    fd, vcpu = create_vcpu(vm.address, arg, vm.profile, bsp=arg == vm.bsp_vcpu_id)
+    ring_size = vm.memslots.dirty.ring_size
+    fd, vcpu = create_vcpu(vm.address, arg, vm.profile, bsp=arg == vm.bsp_vcpu_id, ring_size=ring_size)
     vm.vcpus[arg] = vcpu
     FILES.install(fd, VcpuFile(vcpu, vm))
     return fd
@@ -195,6 +197,9 @@ def _get_tsc_khz(vm: Vm, arg: int) -> int:
 def _enable_cap(vm: Vm, arg: int) -> int:
     """kvm_vm_ioctl_enable_cap(). Informational capabilities, KVM_CAP_MEMORY_FAULT_INFO among them, are EINVAL."""
     cap = copy_from_user(kvm_enable_cap, arg)
+    enable = dirty.enabler(vm, cap.cap)
+    if enable:
+        return enable(vm, cap)
     if cap.flags:
         raise Refused(errno.EINVAL, f"flags: {cap.flags:#x}, not 0")
     if cap.cap == c.KVM_CAP_EXIT_HYPERCALL:
@@ -224,4 +229,5 @@ _HANDLERS: Final[dict[int, Callable[[Vm, int], int]]] = {
     n.KVM_ENABLE_CAP: _enable_cap,
     n.KVM_SET_MEMORY_ATTRIBUTES: set_memory_attributes,
     n.KVM_CREATE_GUEST_MEMFD: create_guest_memfd,
+    **dirty.HANDLERS,
 }

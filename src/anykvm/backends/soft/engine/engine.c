@@ -46,6 +46,7 @@ void ak_vm_destroy(struct ak_vm *vm)
     for (u32 i = 0; i < vm->nslots; i++)
         free(vm->slots[i]);
     free(vm->slots);
+    free(vm->slots_by_id);
     free(vm->poisoned);
     free(vm->private_ranges);
     pthread_mutex_destroy(&vm->lock);
@@ -252,6 +253,15 @@ void ak_flush_tlb(struct ak_vcpu *v)
 
 /* -- guest mode: updates to what a TLB fill reads wait until no vCPU is in it ---------------------------------------- */
 
+/* What an update asked for (ak_vm_resume()), before guest code runs again. */
+void ak_flush_pending(struct ak_vcpu *v)
+{
+    if (v->tlb_flush_pending) {
+        v->tlb_flush_pending = NULL;
+        tlb_flush_x86_64(v->cpu);
+    }
+}
+
 bool ak_guest_enter(struct ak_vcpu *v)
 {
     struct ak_vm *vm = v->vm;
@@ -264,10 +274,7 @@ bool ak_guest_enter(struct ak_vcpu *v)
         pthread_mutex_unlock(&vm->lock);
         __atomic_add_fetch(&vm->in_guest, 1, __ATOMIC_SEQ_CST);
     }
-    if (v->tlb_flush_pending) {
-        v->tlb_flush_pending = NULL;
-        tlb_flush_x86_64(v->cpu);
-    }
+    ak_flush_pending(v);
     if (__builtin_expect(vm->gmems != NULL, 0))
         ak_gmem_enter(v);
     return true;

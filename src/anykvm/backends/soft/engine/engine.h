@@ -53,7 +53,7 @@ enum ak_exit_kind {
     AK_EXIT_DELIVERY,     /* KVM_INTERNAL_ERROR_DELIVERY_EV: gpa of the device page met while delivering */
     AK_EXIT_IRQ_WINDOW,   /* an interrupt can be taken and somebody waits for that */
     AK_EXIT_HYPERCALL,    /* VMCALL/VMMCALL */
-    AK_EXIT_DIRTY_FULL,
+    AK_EXIT_DIRTY_FULL,   /* the dirty ring is at its soft limit */
     AK_EXIT_ENGINE,       /* the engine could not go on; err */
     AK_EXIT_HWPOISON,     /* a poisoned page of ordinary memory: SIGBUS for this thread, at hva */
 };
@@ -124,6 +124,8 @@ struct ak_vm {
     pthread_cond_t changed;
     struct ak_slot **slots;   /* by base_gfn; as_id 0 */
     u32 nslots, slots_room;
+    struct ak_slot **slots_by_id;
+    u32 ids_room;
     volatile u32 paused;      /* updaters waiting or at work: vCPUs stay out of guest mode */
     u32 in_guest;
     u32 dead;
@@ -166,6 +168,14 @@ struct ak_msr_state {
     u64 apic_base, misc_enable, tsc_adjust, hwcr, bios_sign_id, platform_info, mcg_status, mcg_ctl, spec_ctrl;
     u64 mtrr_def, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8];
     int64_t tsc_offset;
+};
+
+/* struct kvm_dirty_ring: of kvm_dirty_gfn entries in the vCPU file, from page 64 on. */
+struct ak_dirty_gfn;
+struct ak_dirty_ring {
+    struct ak_dirty_gfn *gfns;
+    u32 size;                 /* entries; 0: there is none */
+    u32 dirty_index, reset_index;
 };
 
 struct ak_vcpu {
@@ -237,6 +247,7 @@ struct ak_vcpu {
     u8 insn_bytes[16];
     void *tlb_flush_pending;
     u32 gmem_closings;        /* those of the VM that its TLB knows of */
+    struct ak_dirty_ring ring;
 };
 
 /* engine.c */
@@ -253,6 +264,7 @@ void ak_note_helper_frame(struct ak_vcpu *v, uintptr_t return_slot);
 uintptr_t ak_helper_return(const struct ak_vcpu *v);
 void ak_vm_pause(struct ak_vm *vm);
 void ak_vm_resume(struct ak_vm *vm, bool flush);
+void ak_flush_pending(struct ak_vcpu *v);
 bool ak_guest_enter(struct ak_vcpu *v);
 void ak_guest_exit(struct ak_vcpu *v);
 const char *ak_self_test(void);
@@ -304,6 +316,8 @@ void ak_device_remove(u64 start);
 void ak_device_handler(int (*fault)(u64 hva, u32 access));
 void ak_devices_in_child(void);
 void ak_mark_page_dirty(struct ak_vcpu *v, struct ak_slot *slot, u64 gfn);
+void ak_dirty_ring_check(struct ak_vcpu *v, uintptr_t retaddr);
+bool ak_dirty_ring_full(const struct ak_vcpu *v);
 
 /* slots.c */
 struct ak_slot *ak_gfn_to_memslot(struct ak_vm *vm, u64 gfn);

@@ -87,6 +87,8 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
         v->interruptible = 0;
         if (access == AK_FETCH)
             ak_check_code_page(v, t.hva);
+        else if (v->ring.size && !probe)
+            ak_dirty_ring_check(v, retaddr);
         tlb_set_page_x86_64(cs, addr & AK_PAGE_MASK, t.hva, prot, mmu_idx, transient ? 1 : AK_PAGE_SIZE);
         return 1;
     }

@@ -48,6 +48,9 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_vm_kill": (None, (_address,)),
     "ak_vm_set_tsc_khz": (None, (_address, _u64)),
     "ak_set_memslot": (_int, (_address, ctypes.POINTER(AkSlot), ctypes.POINTER(AkSlot))),
+    "ak_get_dirty_log": (_int, (_address, _address, _u64, _address, ctypes.c_bool)),
+    "ak_clear_dirty_log": (_int, (_address, _address, _u64, _u32, _address)),
+    "ak_reset_dirty_rings": (_int, (_address,)),
     "ak_poison": (_int, (_address, _u64, ctypes.c_bool)),
     "ak_mm_generation": (_u32, ()),
     "ak_vm_configure": (None, (_address, _u64)),
@@ -72,6 +75,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_vcpu_create": (_address, (_address, _u32, _address)),
     "ak_vcpu_destroy": (None, (_address,)),
     "ak_vcpu_configure": (None, (_address, _u32, _u32, _u32)),
+    "ak_dirty_ring_setup": (None, (_address, _address, _u32)),
     "ak_vcpu_ioctl": (_int, (_address, _u32, _pointer)),
 }
 

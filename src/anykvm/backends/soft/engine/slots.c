@@ -24,6 +24,20 @@ struct ak_slot *ak_gfn_to_memslot(struct ak_vm *vm, u64 gfn)
     return at < vm->nslots && vm->slots[at]->base_gfn <= gfn ? vm->slots[at] : NULL;
 }
 
+static int room_for_id(struct ak_vm *vm, u32 id)
+{
+    if (id < vm->ids_room)
+        return 0;
+    u32 room = id + 1 > vm->ids_room * 2 ? id + 1 : vm->ids_room * 2;
+    struct ak_slot **grown = realloc(vm->slots_by_id, room * sizeof *grown);
+    if (!grown)
+        return -ENOMEM;
+    memset(grown + vm->ids_room, 0, (room - vm->ids_room) * sizeof *grown);
+    vm->slots_by_id = grown;
+    vm->ids_room = room;
+    return 0;
+}
+
 int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot)
 {
     if (vm->nslots == vm->slots_room) {
@@ -34,6 +48,8 @@ int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot)
         vm->slots = grown;
         vm->slots_room = room;
     }
+    if (room_for_id(vm, slot->id))
+        return -ENOMEM;
     struct ak_slot *copy = malloc(sizeof *copy);
     if (!copy)
         return -ENOMEM;
@@ -42,6 +58,7 @@ int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot)
     memmove(vm->slots + at + 1, vm->slots + at, (vm->nslots - at) * sizeof *vm->slots);
     vm->slots[at] = copy;
     vm->nslots++;
+    vm->slots_by_id[slot->id] = copy;
     return 0;
 }
 
@@ -61,6 +78,7 @@ int ak_slot_remove(struct ak_vm *vm, u64 base_gfn, u32 id)
         return -ENOENT;
     memmove(vm->slots + at, vm->slots + at + 1, (vm->nslots - at - 1) * sizeof *vm->slots);
     vm->nslots--;
+    vm->slots_by_id[id] = NULL;
     free(slot);
     return 0;
 }

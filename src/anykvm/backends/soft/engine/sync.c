@@ -158,6 +158,7 @@ static void run_exclusive(struct ak_vcpu *v)
     ak_emulate_alone(v);
     v->stopping = 1;
     ak_vm_pause(v->vm);
+    ak_flush_pending(v); /* of an update that came first */
     ak_enter(v);
     ak_vm_resume(v->vm, false);
     v->stopping = completing;
