@@ -178,7 +178,8 @@ def test_every_page_is_given_back(backend: SoftBackend) -> None:
         with private_guest(backend) as guest:
             backend.close(guest.gmem)
             guest.gmem = -1
-    assert used() == before
+    now = used()  # fewer, if something of an earlier test went meanwhile
+    assert now[0] <= before[0] and now[1] <= before[1]
 
 
 def test_what_the_file_is(guest: PrivateGuest) -> None:
