@@ -105,10 +105,8 @@ def _logged(vm: Vm, slot: int) -> tuple[Memslot | None, DirtyBitmap | None]:
 
 
 def _present(slot: Memslot | None, bitmap: DirtyBitmap | None, name: int) -> tuple[Memslot, DirtyBitmap]:
-    if slot is None:
-        raise Refused(errno.ENOENT, f"slot: there is no {name:#x}")
-    if bitmap is None:
-        raise Refused(errno.ENOENT, f"slot: {name:#x} has no KVM_MEM_LOG_DIRTY_PAGES")
+    if slot is None or bitmap is None:
+        raise Refused(errno.ENOENT, f"slot {name:#x}: the slot does not exist or has no KVM_MEM_LOG_DIRTY_PAGES")
     return slot, bitmap
 
 
