@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -139,6 +140,15 @@ def truncate_at_fault(monkeypatch: pytest.MonkeyPatch, path: Path, number: int, 
 
 
 # The report
+
+
+def open_files(pid: int) -> set[str]:
+    """What a process has open."""
+    found = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return found
 
 
 class Page(HTMLParser):
@@ -279,7 +289,9 @@ class TestCommand:
             stderr=subprocess.PIPE,
             text=True,
         )
-        time.sleep(1.5)
+        large = str(tmp_path / "large")
+        while process.poll() is None and large not in open_files(process.pid):
+            time.sleep(0.01)  # until it is at work: the file is open
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=20)
         assert (process.returncode, out, errors) == (130, "", "anykvm: interrupted\n")
