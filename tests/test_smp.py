@@ -74,8 +74,8 @@ def test_code_written_by_another_vcpu(machine: Machine) -> None:
     machine.long_mode(
         """1: mov (0x60000), %ebx               # the round that the writer has finished
         cmp $2000, %ebx; je 9f
-        xor %eax, %eax; cpuid               # serialize
-        mov (0x60000), %ebp
+        mov %ebx, %ebp
+        xor %eax, %eax; cpuid               # serialize: from here on, code at least as new as that round
         call target
         cmp %ebp, %eax; jb 8f               # older than what was announced before the call
         jmp 1b
