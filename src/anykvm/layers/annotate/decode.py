@@ -45,32 +45,15 @@ _UPDATES: Final = _names("cmpxchg cmpxchg8b cmpxchg16b xadd xchg bts btr btc rol
 # What capstone has no right size for.
 _SIZES: Final = {
     **dict.fromkeys(("fxsave", "fxsave64", "fxrstor", "fxrstor64"), 512),
-    **dict.fromkeys(
-        [
-            "fnstcw",
-            "fstcw",
-            "fldcw",
-            "fnstsw",
-            "fstsw",
-            "sldt",
-            "str",
-            "smsw",
-            "lldt",
-            "ltr",
-            "lmsw",
-            "lar",
-            "lsl",
-            "verr",
-            "verw",
-        ],
-        2,
-    ),
+    **dict.fromkeys(_names("fnstcw fstcw fldcw fnstsw fstsw sldt str smsw lldt ltr lmsw lar lsl verr verw"), 2),
     **dict.fromkeys(("fbld", "fbstp"), 10),
     **dict.fromkeys(("stmxcsr", "ldmxcsr", "vstmxcsr", "vldmxcsr"), 4),
     "cmpxchg8b": 8,
     "cmpxchg16b": 16,
 }
-_UNORDERED: Final = _names("fxsave fxsave64 fxrstor fxrstor64 fnsave fsave frstor xsave xsave64 xrstor xrstor64 fbstp")
+_UNORDERED: Final = _names(
+    "fxsave fxsave64 fxrstor fxrstor64 fnsave fsave frstor xsave xsave64 xrstor xrstor64 fbld fbstp"
+)
 
 
 def decode(cpu: Cpu, code: bytes) -> Any | None:
