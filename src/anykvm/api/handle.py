@@ -41,7 +41,9 @@ def explain(
     if detail == generic:
         detail = (why(errno) if why else None) or _DETAILS.get(errno) or generic
     call = f"{name}({', '.join(f'{key}={_number(value)}' for key, value in shown.items())})" if shown else name
-    return OSError(errno, f"{call}: {detail}")
+    made = OSError(errno, f"{call}: {detail}")
+    made.__dict__.update(error.__dict__)  # what the backend or a layer attached stays: notes, a cause
+    return made
 
 
 def _number(value: int) -> str:

@@ -1,0 +1,134 @@
+"""Finding the cause: every page the vCPU needs for what it is doing, in order, until one that the host refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anykvm.layers.annotate import decode, delivery, implicit
+from anykvm.layers.annotate.cause import Access, Cause, Suspect
+from anykvm.layers.annotate.cpu import Cpu
+from anykvm.layers.annotate.memory import PAGE, GuestPhysical
+from anykvm.layers.annotate.operand import Operand
+from anykvm.layers.annotate.walk import walk
+
+_CODE = "instruction"
+
+
+class Finder:
+    """One search. An access counts as refused by what the host says now, not by what it said when KVM failed.
+
+    A page table's page that is refused does not end the search: the processor may have had the translation cached, and
+    met something later. Both are then candidates.
+    """
+
+    def __init__(self, cpu: Cpu, memory: GuestPhysical, *, update_is_write: bool) -> None:
+        """``update_is_write``: an instruction that reads and writes an operand asks for both at once, as hardware."""
+        self._cpu = cpu
+        self._memory = memory
+        self._update_is_write = update_is_write
+        self._found: dict[int, Suspect] = {}  # by guest page: what was refused there first
+        self._text = ""
+
+    def find(self) -> Cause | None:
+        """Search; None if the host refuses nothing that is needed."""
+        event = delivery.pending(self._cpu)
+        if event is not None:
+            vector, self._text = event
+            exception = bool(self._cpu.events.exception.injected)
+            self._all(delivery.accesses(self._cpu, self._memory, vector, exception=exception))
+        else:
+            self._instruction()
+        if not self._found:
+            return None
+        suspects = tuple(self._found.values())
+        return Cause(self._cpu.regs.rip, self._text, suspects, len(suspects) > 1)
+
+    def _instruction(self) -> None:
+        rip = self._cpu.linear("cs", self._cpu.regs.rip)
+        first = min(decode.MAX_LENGTH, PAGE - rip % PAGE)
+        code = self._code(rip, first)
+        if code is None:
+            self._all([Operand(rip, 1, Access.EXEC, _CODE)])
+            return
+        insn = decode.decode(self._cpu, code)
+        size = insn.size if insn is not None else len(code)
+        if insn is None and first < decode.MAX_LENGTH:
+            size = first + 1  # it goes on behind the page
+            rest = self._code(rip + first, decode.MAX_LENGTH - first)
+            if rest is not None:
+                insn = decode.decode(self._cpu, code + rest)
+                size = insn.size if insn is not None else decode.MAX_LENGTH
+        if insn is None:
+            self._all([Operand(rip, size, Access.EXEC, _CODE)])
+            return
+        self._text = decode.text(insn)
+        self._all([Operand(rip, size, Access.EXEC, _CODE), *self._data(insn)])
+
+    def _code(self, linear: int, size: int) -> bytes | None:
+        gpa = walk(self._cpu, self._memory, linear, Access.EXEC).gpa
+        return None if gpa is None else self._memory.peek(gpa, size)
+
+    def _data(self, insn: Any) -> list[Operand]:
+        """The data accesses, with steps behind the fetch's."""
+        vector = implicit.software_interrupt(self._cpu, insn)
+        if vector is not None:
+            found = delivery.accesses(self._cpu, self._memory, vector, exception=False)
+        else:
+            found = implicit.accesses(self._cpu, insn)
+            written = {operand.linear for operand in found if operand.access is Access.WRITE}
+            if self._update_is_write or self._indivisible(insn, found):
+                found = [op for op in found if op.access is not Access.READ or op.linear not in written]
+        return [operand._replace(step=operand.step + 1) for operand in found]
+
+    @staticmethod
+    def _indivisible(insn: Any, found: list[Operand]) -> bool:
+        """A locked instruction on an aligned operand asks for writing at once; one that is not aligned reads first."""
+        aligned = all(operand.linear % operand.size == 0 for operand in found if operand.role == "operand")
+        return decode.locked(insn) and aligned and decode.name(insn) != "neg"
+
+    def _all(self, operands: list[Operand]) -> None:
+        """Touch all in order; stop behind the step in which something other than a page table was refused."""
+        step, over = 0, False
+        for operand in operands:
+            if over and operand.step != step:
+                return
+            step = operand.step
+            over = not self._touch(operand) or over
+
+    def _touch(self, operand: Operand) -> bool:
+        """Look at each page of an access. False: the instruction gets no further."""
+        linear, left = operand.linear, operand.size
+        going = True
+        while left:
+            here = min(left, PAGE - linear % PAGE)
+            if not self._page(operand, linear, here):
+                going = False
+                if operand.ordered:
+                    return False
+            linear, left = linear + here, left - here
+        return going
+
+    def _page(self, operand: Operand, linear: int, size: int) -> bool:
+        found = walk(self._cpu, self._memory, linear, operand.access, operand.system)
+        for entry in found.entries:
+            slot = self._memory.slot(entry)
+            access = Access.READ if slot is not None and slot.read_only else Access.WRITE
+            self._check(entry, 8, access, linear, "page table")
+        if found.gpa is None:
+            return False
+        return self._check(found.gpa, size, operand.access, linear, operand.role)
+
+    def _check(self, gpa: int, size: int, access: Access, linear: int, role: str) -> bool:
+        """Ask the host for one page. False: it refuses, or this is a device access, which never fails so."""
+        slot = self._memory.slot(gpa)
+        if slot is None or (access is Access.WRITE and slot.read_only):
+            return False
+        hva = slot.hva + gpa - slot.gpa
+        host = self._memory.host
+        why = host.refused(hva, access is Access.WRITE)
+        if why is None:
+            return True
+        page = gpa & ~(PAGE - 1)
+        if page not in self._found:
+            self._found[page] = Suspect(gpa, size, access, linear, role, slot.slot & 0xFFFF, hva, host.vma(hva), why)
+        return False

@@ -1,0 +1,184 @@
+"""The layer: a backend that forwards everything, remembers slots and vCPUs, and explains a KVM_RUN that failed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+from typing import Final, Literal
+
+from anykvm.abi import ioctls as n
+from anykvm.abi.constants import KVM_EXIT_MEMORY_FAULT
+from anykvm.abi.structures import kvm_run, kvm_userspace_memory_region, kvm_userspace_memory_region2
+from anykvm.abi.validity import memory_fault_valid
+from anykvm.backends.base import Backend
+from anykvm.layers.annotate.cause import Cause
+from anykvm.layers.annotate.cpu import Cpu
+from anykvm.layers.annotate.finder import Finder
+from anykvm.layers.annotate.hostmap import HostMap
+from anykvm.layers.annotate.memory import PAGE, GuestPhysical, Slot
+
+_KVM_RUN: Final = n.KVM_RUN
+_EFAULT: Final = errno.EFAULT
+_REGIONS: Final = {
+    n.KVM_SET_USER_MEMORY_REGION: kvm_userspace_memory_region,
+    n.KVM_SET_USER_MEMORY_REGION2: kvm_userspace_memory_region2,
+}
+_LEARNED: Final = frozenset((n.KVM_CREATE_VM, n.KVM_CREATE_VCPU, *_REGIONS))
+
+
+class UnresolvedAccess(OSError):
+    """KVM_RUN's EFAULT with its explanation; ``errno`` and ``strerror`` as of any OSError."""
+
+    cause: Cause
+    """What was found."""
+
+
+class _Vm:
+    def __init__(self) -> None:
+        self.slots: dict[int, Slot] = {}
+
+
+class _Vcpu:
+    def __init__(self, vm: _Vm) -> None:
+        self.vm = vm
+        self.page = 0  # the layer's own mapping of kvm_run
+        self.cause: Cause | None = None
+
+
+class Annotate:
+    """Explains bare EFAULTs of the backend it wraps; implements ``anykvm.backends.base.Backend``.
+
+    When KVM_RUN fails with EFAULT and kvm_run has no valid memory_fault, the cause is looked for, kept for
+    ``last_cause``, and raised with the error (``UnresolvedAccess``, the reason in its text). Mode ``strict`` changes
+    nothing else. Mode ``fill`` also writes ``exit_reason`` KVM_EXIT_MEMORY_FAULT and ``memory_fault`` {flags 0, gpa of
+    the page, size 4096} into kvm_run, as api.rst promises, unless the cause is ambiguous.
+
+    It knows a VM's slots and vCPUs from the ioctls that pass through it, by descriptor: a VM made elsewhere, or run
+    through a duplicate of a descriptor, goes unexplained. A run that succeeds costs one forwarded call.
+    """
+
+    def __init__(self, inner: Backend, mode: Literal["strict", "fill"] = "strict") -> None:
+        """Wrap ``inner``. Raises ValueError for another mode."""
+        if mode not in ("strict", "fill"):
+            raise ValueError(f"no mode {mode!r}; there are strict, fill")
+        self.inner = inner
+        self.mode = mode
+        self._inner_ioctl = inner.ioctl
+        self._lock = threading.Lock()
+        self._vms: dict[int, _Vm] = {}
+        self._vcpus: dict[int, _Vcpu] = {}
+
+    def __repr__(self) -> str:
+        """Show what it wraps."""
+        return f"Annotate({self.inner!r}, mode={self.mode!r})"
+
+    @property
+    def name(self) -> str:
+        """The wrapped backend's."""
+        return self.inner.name
+
+    @property
+    def profile(self) -> str:
+        """The wrapped backend's."""
+        return self.inner.profile
+
+    def open(self) -> int:
+        """Forward; see ``Backend.open``."""
+        return self.inner.open()
+
+    def ioctl(self, fd: int, request: int, arg: int = 0) -> int:
+        """Forward; see ``Backend.ioctl``. Raises UnresolvedAccess (an OSError with EFAULT) where it has a cause."""
+        if request == _KVM_RUN:
+            try:
+                return self._inner_ioctl(fd, request, arg)
+            except OSError as error:
+                if error.errno != _EFAULT or (cause := self._explain(fd)) is None:
+                    raise
+                explained = UnresolvedAccess(_EFAULT, f"KVM_RUN: {cause.reason}")
+                explained.cause = cause
+                raise explained from None
+        result = self._inner_ioctl(fd, request, arg)
+        if request in _LEARNED:
+            self._learn(fd, request, arg, result)
+        return result
+
+    def mmap(self, fd: int, length: int, offset: int) -> int:
+        """Forward; see ``Backend.mmap``."""
+        return self.inner.mmap(fd, length, offset)
+
+    def munmap(self, address: int, length: int) -> None:
+        """Forward; see ``Backend.munmap``."""
+        self.inner.munmap(address, length)
+
+    def close(self, fd: int) -> None:
+        """Forward, and forget the descriptor; see ``Backend.close``."""
+        with self._lock:
+            self._vms.pop(fd, None)
+            vcpu = self._vcpus.pop(fd, None)
+        self._forget(vcpu)
+        self.inner.close(fd)
+
+    def last_cause(self, fd: int) -> Cause | None:
+        """What the last bare EFAULT of a vCPU's descriptor was; None if there was none, or nothing was found."""
+        vcpu = self._vcpus.get(fd)
+        return None if vcpu is None else vcpu.cause
+
+    def _learn(self, fd: int, request: int, arg: int, result: int) -> None:
+        """Remember what an ioctl that worked has made."""
+        old: _Vcpu | None = None
+        with self._lock:
+            if request == n.KVM_CREATE_VM:
+                self._vms[result] = _Vm()
+            elif (vm := self._vms.get(fd)) is None:
+                return
+            elif request == n.KVM_CREATE_VCPU:
+                old = self._vcpus.pop(result, None)  # closed behind our back
+                made = self._vcpus[result] = _Vcpu(vm)
+                # Now, and not when something fails: it could land where guest memory was taken away.
+                with contextlib.suppress(OSError):
+                    made.page = self.inner.mmap(result, PAGE, 0)
+            else:
+                region = _REGIONS[request].from_address(arg)
+                if region.memory_size:
+                    vm.slots[region.slot] = Slot(
+                        region.slot, region.flags, region.guest_phys_addr, region.memory_size, region.userspace_addr
+                    )
+                else:
+                    vm.slots.pop(region.slot, None)
+        self._forget(old)
+
+    def _forget(self, vcpu: _Vcpu | None) -> None:
+        if vcpu is not None and vcpu.page:
+            with contextlib.suppress(OSError):
+                self.inner.munmap(vcpu.page, PAGE)
+
+    def _explain(self, fd: int) -> Cause | None:
+        """Find the cause of a KVM_RUN that has just failed with EFAULT on ``fd``."""
+        vcpu = self._vcpus.get(fd)
+        if vcpu is None or not vcpu.page:
+            return None
+        vcpu.cause = None
+        try:
+            run = kvm_run.from_address(vcpu.page)
+            if memory_fault_valid(_EFAULT, run.exit_reason):
+                return None
+            cause = vcpu.cause = self._find(fd, vcpu.vm)
+        except OSError:
+            return None  # the vCPU cannot be asked, or there is no /proc: the bare EFAULT stays what it is
+        if cause is not None and self.mode == "fill" and not cause.ambiguous:
+            run.exit_reason = KVM_EXIT_MEMORY_FAULT
+            run.memory_fault.flags = 0
+            run.memory_fault.gpa = cause.page
+            run.memory_fault.size = PAGE
+        return cause
+
+    def _find(self, fd: int, vm: _Vm) -> Cause | None:
+        with self._lock:
+            slots = tuple(vm.slots.values())
+        with contextlib.closing(HostMap()) as host:
+            # Hardware asks for a read-modify-write as a write; an emulated CPU reads first.
+            finder = Finder(
+                Cpu(self.inner, fd), GuestPhysical(slots, host), update_is_write=self.inner.name == "device"
+            )
+            return finder.find()

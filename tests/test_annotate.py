@@ -1,0 +1,237 @@
+"""The annotate layer: what it says of a bare EFAULT, that it says nothing else, and that it agrees with the truth."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+
+import pytest
+
+import anykvm
+from annotate_bed import run
+from anykvm import GuestMemory, MemoryFault, abi
+from anykvm.layers.annotate import Access, Annotate, Cause, UnresolvedAccess
+from anykvm.layers.annotate.hostmap import HostMap
+from fakes import FakeBackend
+from machine import CODE, DATA, IDT, PML4, STACK, Machine
+
+PAGE = 4096
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    with anykvm.open(Annotate(anykvm.backend("soft", "linux-7.3"))) as kvm, Machine(kvm) as made:
+        yield made
+
+
+def cause_of(machine: Machine) -> Cause:
+    """Run into a bare EFAULT, and give its cause."""
+    with pytest.raises(OSError) as caught:
+        machine.vcpu.run()
+    assert caught.value.errno == errno.EFAULT
+    cause = caught.value.cause  # type: ignore[attr-defined]
+    assert isinstance(cause, Cause)
+    assert isinstance(machine.kvm.backend, Annotate)
+    assert machine.kvm.backend.last_cause(machine.vcpu.fileno()) is cause
+    assert cause.reason in str(caught.value)
+    assert machine.vcpu.kvm_run.exit_reason == abi.KVM_EXIT_UNKNOWN  # strict: untouched
+    return cause
+
+
+def test_read_only_mapping_of_a_file() -> None:
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 16 * PAGE)
+    with (
+        anykvm.open(Annotate(anykvm.backend("soft", "linux-7.3"))) as kvm,
+        kvm.create_vm() as vm,
+        GuestMemory(16 * PAGE, fd=fd) as memory,
+    ):
+        os.close(fd)
+        vm.map(memory, 0, slot=3)
+        memory[0:3] = bytes.fromhex("a20070")  # mov [0x7000], al
+        memory.protect(0x7000, PAGE, 1)
+        vcpu = vm.create_vcpu()
+        vcpu.set_real_mode(0)
+        with pytest.raises(OSError) as caught:
+            vcpu.run()
+        cause = caught.value.cause  # type: ignore[attr-defined]
+        assert cause.reason == (
+            f"write to gpa 0x7000: memslot 3 maps it to {memory.address + 0x7000:#x}, "
+            "which is mapped read-only (memfd:ram)"
+        )
+        assert (cause.size, cause.access, cause.slot, cause.vma.perms) == (1, Access.WRITE, 3, "r--s")
+        assert cause.plain()["candidates"][0]["gpa"] == 0x7000
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("none", "without any access, PROT_NONE"), ("unmapped", "nothing is mapped"), ("beyond", "beyond the end")],
+)
+def test_what_the_host_says(machine: Machine, how: str, words: str) -> None:
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 2 * PAGE)
+    with GuestMemory(2 * PAGE, fd=fd) as memory:
+        machine.vm.map(memory, 0x800000)
+        machine.long_mode("mov $0x801008, %esi; mov (%rsi), %rax; hlt")
+        if how == "none":
+            memory.protect(PAGE, PAGE, 0)
+        elif how == "unmapped":
+            memory.unmap(PAGE, PAGE)
+        else:
+            os.ftruncate(fd, PAGE)
+        os.close(fd)
+        cause = cause_of(machine)
+        assert words in cause.reason
+        assert (cause.gpa, cause.page, cause.size, cause.access) == (0x801008, 0x801000, 8, Access.READ)
+        assert cause.hva == memory.address + PAGE + 8 and not cause.ambiguous
+        assert (cause.vma is None) == (how == "unmapped")
+        assert cause.instruction == "mov rax, qword ptr [rsi]"
+
+
+def test_the_second_page_of_an_access(machine: Machine) -> None:
+    machine.long_mode("mov $0x60ffd, %esi; mov %rax, (%rsi); hlt")
+    machine.memory.protect(0x61000, PAGE, 0)
+    cause = cause_of(machine)
+    assert (cause.gpa, cause.size, cause.access, cause.linear) == (0x61000, 5, Access.WRITE, 0x61000)
+
+
+def test_an_instruction_across_pages(machine: Machine) -> None:
+    machine.long_mode("mov $0x60ffd, %eax; jmp *%rax")
+    machine.memory.write(0x60FFD, bytes.fromhex("48b81122334455667788"))  # movabs
+    machine.memory.unmap(0x61000, PAGE)
+    cause = cause_of(machine)
+    assert (cause.gpa, cause.access, cause.role) == (0x61000, Access.EXEC, "instruction")
+
+
+def test_a_page_table(machine: Machine) -> None:
+    machine.long_mode("mov (%rsi), %rax; hlt")
+    machine.memory.protect(PML4 + 0x1000, PAGE, 1)
+    cause = cause_of(machine)
+    assert (cause.page, cause.access, cause.role) == (PML4 + 0x1000, Access.WRITE, "page table")
+    assert f"page table of {CODE:#x}" in cause.reason
+
+
+@pytest.mark.parametrize(
+    ("page", "role", "access"),
+    [(IDT, "idt", Access.READ), (0x4000, "descriptor", Access.READ), (STACK - PAGE, "stack", Access.WRITE)],
+)
+def test_delivery_of_an_exception(machine: Machine, page: int, role: str, access: Access) -> None:
+    machine.long_mode("ud2")
+    machine.memory.protect(page, PAGE, 0)
+    cause = cause_of(machine)
+    assert (cause.page, cause.role, cause.access) == (page, role, access)
+    assert cause.instruction == "delivery of exception 6"
+
+
+def test_two_reads_without_an_order_are_ambiguous(machine: Machine) -> None:
+    machine.long_mode("mov $0x60000, %esi; mov $0x62000, %edi; cmpsq")
+    machine.memory.protect(DATA, PAGE, 0)
+    machine.memory.protect(0x62000, PAGE, 0)
+    cause = cause_of(machine)
+    assert cause.ambiguous and cause.reason.startswith("ambiguous, one of 2: ")
+    assert {suspect.page for suspect in cause.candidates} == {DATA, 0x62000}
+
+
+def test_fill_makes_the_documented_exit() -> None:
+    backend = Annotate(anykvm.backend("soft", "linux-7.3"), mode="fill")
+    with anykvm.open(backend=backend) as kvm, Machine(kvm) as machine:
+        machine.long_mode("mov $0x61008, %esi; mov (%rsi), %rax; hlt")
+        machine.memory.protect(0x61000, PAGE, 0)
+        assert machine.vcpu.run() == MemoryFault(0x61000, PAGE, 0, errno.EFAULT)
+        assert machine.vcpu.kvm_run.exit_reason == abi.KVM_EXIT_MEMORY_FAULT
+        machine.memory.protect(0x61000, PAGE, 3)
+        machine.run_to_halt()
+
+
+def test_fill_does_not_guess() -> None:
+    with anykvm.open(Annotate(anykvm.backend("soft", "linux-7.3"), mode="fill")) as kvm, Machine(kvm) as machine:
+        machine.long_mode("mov $0x60000, %esi; mov $0x62000, %edi; cmpsq")
+        machine.memory.protect(DATA, PAGE, 0)
+        machine.memory.protect(0x62000, PAGE, 0)
+        with pytest.raises(OSError, match="ambiguous"):
+            machine.vcpu.run()
+        assert machine.vcpu.kvm_run.exit_reason == abi.KVM_EXIT_UNKNOWN
+
+
+def test_a_valid_annotation_is_left_alone() -> None:
+    backend = Annotate(anykvm.backend("soft", "documented"))
+    with anykvm.open(backend) as kvm, Machine(kvm) as machine:
+        machine.long_mode("mov $0x61000, %esi; mov (%rsi), %rax; hlt")
+        machine.memory.protect(0x61000, PAGE, 0)
+        assert machine.vcpu.run() == MemoryFault(0x61000, PAGE, 0, errno.EFAULT)
+        assert backend.last_cause(machine.vcpu.fileno()) is None
+
+
+def test_slots_follow_the_ioctls(machine: Machine) -> None:
+    machine.long_mode("mov $0x800000, %esi; mov %eax, (%rsi); hlt")
+    with GuestMemory(PAGE) as memory:
+        memory.protect(0, PAGE, 0)
+        machine.vm.map(memory, 0x900000, slot=7)
+        machine.vm.set_user_memory_region(7, 0x800000, PAGE, memory.address)  # moved
+        assert (cause_of(machine).slot, cause_of(machine).hva) == (7, memory.address)
+        machine.vm.unmap(7)
+        assert isinstance(machine.vcpu.run(), anykvm.Mmio)
+
+
+def test_protected_mode_and_sixteen_bits(machine: Machine) -> None:
+    """Segment bases count, and addresses wrap at the address size."""
+    machine.memory.write(CODE, bytes.fromhex("678b06"))  # mov eax, [esi] in 16-bit code
+    machine.vcpu.set_real_mode(CODE)
+    sregs = machine.vcpu.get_sregs()
+    sregs.ds.base, sregs.ds.selector = 0x60000, 0x6000
+    machine.vcpu.set_sregs(sregs)
+    machine.set_regs(rsi=0x1010)
+    machine.memory.protect(0x61000, PAGE, 0)
+    cause = cause_of(machine)
+    assert (cause.gpa, cause.size) == (0x61010, 2)
+
+
+def test_other_errors_pass(machine: Machine) -> None:
+    with pytest.raises(OSError) as caught:
+        machine.kvm.backend.ioctl(machine.vcpu.fileno(), abi.KVM_RUN, 1)
+    assert caught.value.errno == errno.EINVAL and not isinstance(caught.value, UnresolvedAccess)
+
+
+def test_a_vcpu_it_never_saw_goes_unexplained(machine: Machine) -> None:
+    machine.long_mode("mov $0x61000, %esi; mov (%rsi), %rax; hlt")
+    machine.memory.protect(0x61000, PAGE, 0)
+    stranger = Annotate(anykvm.backend("soft", "linux-7.3"))
+    with pytest.raises(OSError) as caught:
+        stranger.ioctl(machine.vcpu.fileno(), abi.KVM_RUN)
+    assert not isinstance(caught.value, UnresolvedAccess)
+    assert stranger.last_cause(machine.vcpu.fileno()) is None
+
+
+def test_it_is_a_backend_and_forwards() -> None:
+    inner = FakeBackend()
+    layer = Annotate(inner)
+    assert isinstance(layer, anykvm.Backend)
+    assert (layer.name, layer.profile) == ("soft", "fake")
+    with pytest.raises(ValueError, match="strict, fill"):
+        Annotate(inner, mode="loud")  # type: ignore[arg-type]
+    with anykvm.open(layer) as kvm, kvm.create_vm() as vm:
+        vm.create_vcpu().close()
+    assert inner.log.count("mmap") == inner.log.count("munmap") == 2  # the API's mapping, and the layer's own
+    assert not inner.fds
+
+
+def test_looking_at_host_memory_never_crashes() -> None:
+    with GuestMemory(2 * PAGE) as memory:
+        memory[0:4] = b"abcd"
+        memory.protect(0, PAGE, 0)
+        memory.unmap(PAGE, PAGE)
+        host = HostMap()
+        assert host.peek(memory.address, 4) == b"abcd"
+        assert host.peek(memory.address + PAGE, 4) is None
+        assert host.peek(1 << 62, 4) is None and host.peek(0, 1) is None
+        host.close()
+
+
+def test_two_thousand_faults_are_explained_as_they_were() -> None:
+    """`make annotate` does ten thousand."""
+    result = run(2000, seed=1)
+    print(result)
+    assert not result.wrong, "\n".join([str(result), *result.wrong[:20]])
+    assert result.ambiguous <= result.faults // 50
+    assert {"operand", "stack", "instruction", "page table", "descriptor", "idt", "tss"} <= set(result.roles)
