@@ -17,6 +17,9 @@ ENGINE = Path("src/anykvm/backends/soft/engine")
 #: Engine functions we stand in front of and still call. The others we replace outright: ours come first in the link.
 WRAPPED = (
     "cpu_ldub_code",
+    "cpu_lduw_code",
+    "cpu_ldl_code",
+    "cpu_ldq_code",
     "gen_intermediate_code",
     "translator_loop",
     "helper_lookup_tb_ptr",
@@ -29,6 +32,9 @@ WRAPPED = (
     "helper_le_ldq_mmu",
     "helper_le_ldsw_mmu",
     "helper_le_ldsl_mmu",
+    "helper_le_stw_mmu",
+    "helper_le_stl_mmu",
+    "helper_le_stq_mmu",
 )
 
 

@@ -59,6 +59,32 @@ static bool grow(struct ak_vcpu *v)
     return true;
 }
 
+/* A block is about to be translated from this page (its first, or the one it goes on to). The copy is taken before the
+ * translator reads: one taken later might have bytes that another vCPU wrote in between, and the block would pass for new. */
+void ak_code_read(struct ak_vcpu *v, u64 hva, bool goes_on)
+{
+    struct ak_code_copy *c = &v->code_copy[goes_on];
+    if (!goes_on)
+        v->code_copy[1].hva = 0;
+    c->hva = 0;
+    if (find(v, hva) || (!c->bytes && !(c->bytes = malloc(AK_PAGE_SIZE))))
+        return;
+    if (!ak_copy_in(c->bytes, hva, AK_PAGE_SIZE))
+        c->hva = hva;
+}
+
+/* The copy becomes the page's. Without one (no memory left), the page counts as changed whenever it is compared. */
+static u8 *take_copy(struct ak_vcpu *v, u64 hva)
+{
+    for (int i = 0; i < 2; i++)
+        if (v->code_copy[i].hva == hva) {
+            u8 *bytes = v->code_copy[i].bytes;
+            v->code_copy[i] = (struct ak_code_copy){0};
+            return bytes;
+        }
+    return NULL;
+}
+
 /* The engine translated its first block of a page: stores to it must be seen from now on. */
 void tlb_protect_code_x86_64(struct uc_struct *uc, u64 ram_addr)
 {
@@ -69,13 +95,9 @@ void tlb_protect_code_x86_64(struct uc_struct *uc, u64 ram_addr)
         return;
     if (v->code_count * 2 >= v->code_room && !grow(v))
         return;
-    struct code_page page = {.hva = hva, .copy = malloc(AK_PAGE_SIZE), .last = AK_PAGE_SIZE};
+    struct code_page page = {.hva = hva, .copy = take_copy(v, hva), .last = AK_PAGE_SIZE};
     if (v->span_hva == hva)
         page.first = v->span_first, page.last = v->span_last;
-    if (page.copy && ak_copy_in(page.copy, hva, AK_PAGE_SIZE)) {
-        free(page.copy);
-        page.copy = NULL;
-    }
     put(v, page);
     v->code_count++;
     tlb_reset_dirty_x86_64(v->cpu, hva, AK_PAGE_SIZE);
@@ -197,6 +219,8 @@ void ak_code_pages_free(struct ak_vcpu *v)
 {
     for (u32 i = 0; i < v->code_room; i++)
         free(table(v)[i].copy);
+    for (int i = 0; i < 2; i++)
+        free(v->code_copy[i].bytes);
     free(v->code_pages);
     v->code_pages = NULL;
     v->code_room = v->code_count = 0;

@@ -230,6 +230,11 @@ struct ak_vcpu {
     u32 pio_len, pio_size, pio_count, pio_in;
     u64 *code_pages;          /* set of host pages with translated code (open addressing) */
     u32 code_count, code_room;
+    struct ak_code_copy {     /* the pages of the block being translated, as they were before it was read */
+        u64 hva;              /* 0: none */
+        u8 *bytes;
+    } code_copy[2];
+    u64 code_va;              /* where the translator reads: in the page copied last */
     u64 span_hva;             /* the block translated last: its page and bytes */
     u32 span_first, span_last;
     uintptr_t frame;          /* of ak_enter */
@@ -420,6 +425,7 @@ void ak_update_hflags(struct ak_vcpu *v);
 
 /* translate.c, coherence.c */
 void ak_check_code(struct ak_vcpu *v);
+void ak_code_read(struct ak_vcpu *v, u64 hva, bool goes_on);
 void ak_code_span(struct ak_vcpu *v, u64 hva, u32 size);
 void ak_code_span_rest(struct ak_vcpu *v, u64 hva, u32 size);
 void ak_check_code_page(struct ak_vcpu *v, u64 hva);

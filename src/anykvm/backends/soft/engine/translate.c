@@ -12,6 +12,9 @@
 
 struct TCGContext;
 extern u32 __real_cpu_ldub_code_x86_64(struct CPUX86State *env, u64 va);
+extern u32 __real_cpu_lduw_code_x86_64(struct CPUX86State *env, u64 va);
+extern u32 __real_cpu_ldl_code_x86_64(struct CPUX86State *env, u64 va);
+extern u64 __real_cpu_ldq_code_x86_64(struct CPUX86State *env, u64 va);
 extern void __real_gen_intermediate_code_x86_64(struct CPUState *, struct TranslationBlock *, int max_insns);
 extern void __real_translator_loop_x86_64(const struct TranslatorOps *, struct DisasContextBase *, struct CPUState *,
                                           struct TranslationBlock *, int);
@@ -24,12 +27,51 @@ void check_exit_request_x86_64(struct TCGContext *tcg)
     (void)tcg;
 }
 
+static u64 host_page(struct CPUX86State *env, u64 va)
+{
+    return (get_page_addr_code_x86_64(env, va & AK_PAGE_MASK) & AK_PAGE_MASK) + AK_HOST_WINDOW_BASE;
+}
+
+/* An instruction that goes on in the next page: that page's copy, before it is read. */
+static inline void going_to_read(struct CPUX86State *env, u64 last)
+{
+    struct ak_vcpu *v = ak_current;
+    if (__builtin_expect(!v->translating || !((last ^ v->code_va) & AK_PAGE_MASK), 1))
+        return;
+    ak_code_read(v, host_page(env, last), true);
+    v->code_va = last;
+}
+
+static u8 code_byte(struct CPUX86State *env, u64 va)
+{
+    going_to_read(env, va);
+    return (u8)__real_cpu_ldub_code_x86_64(env, va);
+}
+
 u32 __wrap_cpu_ldub_code_x86_64(struct CPUX86State *env, u64 va)
 {
     struct ak_vcpu *v = ak_current;
     if (__builtin_expect(v->insn_len && va - v->insn_pc < v->insn_len, 0))
         return v->insn_bytes[va - v->insn_pc];
-    return __real_cpu_ldub_code_x86_64(env, va);
+    return code_byte(env, va);
+}
+
+u32 __wrap_cpu_lduw_code_x86_64(struct CPUX86State *env, u64 va)
+{
+    going_to_read(env, va + 1);
+    return __real_cpu_lduw_code_x86_64(env, va);
+}
+
+u32 __wrap_cpu_ldl_code_x86_64(struct CPUX86State *env, u64 va)
+{
+    going_to_read(env, va + 3);
+    return __real_cpu_ldl_code_x86_64(env, va);
+}
+
+u64 __wrap_cpu_ldq_code_x86_64(struct CPUX86State *env, u64 va)
+{
+    going_to_read(env, va + 7);
+    return __real_cpu_ldq_code_x86_64(env, va);
 }
 
 /* -- which operands must be aligned ------------------------------------------------------------------------------- */
@@ -48,14 +90,14 @@ static bool vex_supported(u32 map, u32 opcode)
 
 static void decode_vex(struct CPUX86State *env, u64 pc, u8 first, bool mode64, struct decoded *d)
 {
-    u8 next = (u8)__real_cpu_ldub_code_x86_64(env, pc + 1);
+    u8 next = code_byte(env, pc + 1);
     if (!mode64 && ((next & 0xc0) != 0xc0 || !(env->cr[0] & CR0_PE) || (env->eflags & RFLAGS_VM)))
         return; /* LES, LDS */
     if (first == 0xc5) {
         d->vex_undefined = true;
         return;
     }
-    d->vex_undefined = !vex_supported(next & 31, (u8)__real_cpu_ldub_code_x86_64(env, pc + 3));
+    d->vex_undefined = !vex_supported(next & 31, code_byte(env, pc + 3));
 }
 
 /* Prefixes and opcode, never reading a byte the decoder would not. */
@@ -64,7 +106,7 @@ static struct decoded decode(struct CPUX86State *env, u64 pc)
     struct decoded d = {0};
     bool mode64 = env->hflags & HF_CS64_MASK;
     for (u32 n = 0; n < 14; n++) {
-        u8 b = (u8)__real_cpu_ldub_code_x86_64(env, pc + n);
+        u8 b = code_byte(env, pc + n);
         switch (b) {
         case 0x66: d.opsize = true; continue;
         case 0xf2: d.f2 = true; continue;
@@ -80,10 +122,10 @@ static struct decoded decode(struct CPUX86State *env, u64 pc)
             return d;
         }
         d.map = 1;
-        d.opcode = (u8)__real_cpu_ldub_code_x86_64(env, pc + n + 1);
+        d.opcode = code_byte(env, pc + n + 1);
         if (d.opcode == 0x38 || d.opcode == 0x3a) {
             d.map = d.opcode == 0x38 ? 2 : 3;
-            d.opcode = (u8)__real_cpu_ldub_code_x86_64(env, pc + n + 2);
+            d.opcode = code_byte(env, pc + n + 2);
         }
         return d;
     }
@@ -150,15 +192,16 @@ void __wrap_gen_intermediate_code_x86_64(struct CPUState *cpu, struct Translatio
     v->translating = 1;
     tb->cflags |= parallel;
     tcg->tb_cflags |= parallel;
+    v->code_va = tb->pc;
+    ak_code_read(v, host_page(v->env, tb->pc), false);
     __real_gen_intermediate_code_x86_64(cpu, tb, max_insns);
     tb->cflags &= ~parallel; /* look-ups compare with the flags asked for */
     tcg->tb_cflags &= ~parallel;
     v->translating = 0;
-    ak_code_span(v, get_page_addr_code_x86_64(v->env, tb->pc) + AK_HOST_WINDOW_BASE, tb->size);
+    ak_code_span(v, host_page(v->env, tb->pc) + (tb->pc & ~AK_PAGE_MASK), tb->size);
     u64 end = tb->pc + tb->size;
     if (tb->size && ((end - 1) ^ tb->pc) & AK_PAGE_MASK)
-        ak_code_span_rest(v, get_page_addr_code_x86_64(v->env, (end - 1) & AK_PAGE_MASK) + AK_HOST_WINDOW_BASE,
-                          (u32)(end & ~AK_PAGE_MASK));
+        ak_code_span_rest(v, host_page(v->env, end - 1), (u32)(end & ~AK_PAGE_MASK));
 }
 
 /* Emulation and stepping end with their instruction: no jump from one block straight into the next. */
