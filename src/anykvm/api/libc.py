@@ -6,7 +6,8 @@ import ctypes
 import errno as _errno
 import mmap as _pymmap
 import os
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 PROT_NONE: Final = 0
 PROT_READ: Final = _pymmap.PROT_READ
@@ -24,8 +25,9 @@ FALLOC_FL_PUNCH_HOLE: Final = 2
 
 _FAILED: Final = ctypes.c_void_p(-1).value
 _libc: Final = ctypes.CDLL(None, use_errno=True)
+_MMAP_TYPES: Final = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
 _mmap: Final = _libc.mmap
-_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_mmap.argtypes = _MMAP_TYPES
 _mmap.restype = ctypes.c_void_p
 
 
@@ -41,7 +43,6 @@ for _name in ("process_vm_readv", "process_vm_writev"):
 for _name in ("mprotect", "madvise"):
     getattr(_libc, _name).argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 def _fail(what: str) -> OSError:
@@ -49,9 +50,17 @@ def _fail(what: str) -> OSError:
     return OSError(errno, f"{what}: {os.strerror(errno)}")
 
 
+def _on_file(name: str, types: tuple[Any, ...], result: Any) -> Callable[..., Any]:
+    """Look a function up anew: a backend may by now stand in front of it, for files of its own (guest_memfd)."""
+    call = _libc[name]
+    call.argtypes, call.restype = types, result
+    return call
+
+
 def mmap(address: int, length: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:
     """mmap(2): returns the address. Raises OSError with mmap's errno."""
-    result: int | None = _mmap(address or None, length, prot, flags, fd, offset)
+    call = _mmap if fd < 0 else _on_file("mmap", _MMAP_TYPES, ctypes.c_void_p)
+    result: int | None = call(address or None, length, prot, flags, fd, offset)
     if result is None or result == _FAILED:
         raise _fail(f"mmap({address:#x}, {length:#x})")
     return result
@@ -77,7 +86,8 @@ def madvise(address: int, length: int, advice: int) -> None:
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2), which Python has without modes. Raises OSError with its errno."""
-    if _libc.fallocate(fd, mode, offset, length):
+    call = _on_file("fallocate", (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64), ctypes.c_int)
+    if call(fd, mode, offset, length):
         raise _fail(f"fallocate({fd}, {mode}, {offset:#x}, {length:#x})")
 
 

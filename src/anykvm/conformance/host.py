@@ -19,7 +19,6 @@ _MREMAP_MAYMOVE_FIXED: Final = 3
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 _libc.mremap.restype = ctypes.c_void_p
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class Host:
@@ -118,10 +117,8 @@ def memfd(size: int) -> int:
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
-    """fallocate(2), which Python has without modes. Raises OSError with its errno."""
-    if _libc.fallocate(fd, mode, offset, length):
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"fallocate: {os.strerror(errno)}")
+    """fallocate(2), as a step: returns 0. Raises OSError with its errno."""
+    libc.fallocate(fd, mode, offset, length)
     return 0
 
 

@@ -1,12 +1,11 @@
 """KVM_CREATE_GUEST_MEMFD: files of guest memory. Source: virt/kvm/guest_memfd.c.
 
 The descriptor is a memfd of a size that nobody can change, so fallocate(2), fstat(2), mmap(2), dup(2) and SCM_RIGHTS
-work on it, and the guest sees at once what they do. A plain memfd cannot refuse, as the kernel's file does, what is
-done by raw system calls: read(2), write(2), pread(2), lseek(2), fallocate(2) without FALLOC_FL_KEEP_SIZE or with an
-unaligned range, mmap(2) of a file without GUEST_MEMFD_FLAG_MMAP or with MAP_PRIVATE, and touching a mapping of a file
-without GUEST_MEMFD_FLAG_INIT_SHARED. ftruncate(2) and fallocate(2) beyond the end fail, but with EPERM instead of
-EINVAL; fstat(2) counts the file's blocks. ``SoftBackend.mmap`` refuses what the kernel refuses. Nothing here keeps the
-host out of private memory: there is no encryption.
+work on it, and the guest sees at once what they do. What the kernel's file refuses and a memfd does not (read(2),
+pread(2), lseek(2), ftruncate(2), mmap(2) without GUEST_MEMFD_FLAG_MMAP, fallocate(2) of unaligned ranges, ...) is
+refused with the kernel's errno in this process, for everything that calls the C library (engine/gmem_file.c). Not
+refused: raw system calls, and what other processes do that get the descriptor.
+Nothing here keeps the host out of private memory: there is no encryption.
 
 When the caller's last descriptor and mapping are gone, so is the file: at once if a descriptor is closed by
 ``SoftBackend.close``; else (close(2), munmap(2)) when a vCPU next enters the guest, which one that is running there
@@ -28,7 +27,6 @@ from anykvm.abi.structures import kvm_create_guest_memfd
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
-from anykvm.backends.soft.pages import map_shared
 from anykvm.backends.soft.usercopy import copy_from_user
 
 if TYPE_CHECKING:
@@ -71,13 +69,10 @@ class GuestMemfd(File):
 
     def map(self, fd: int, length: int, offset: int) -> int:
         """kvm_gmem_mmap(): map pages; private ones are SIGBUS when touched (kvm_gmem_fault_user_mapping())."""
-        if self.flags & c.GUEST_MEMFD_FLAG_INIT_SHARED:
-            return map_shared(fd, length, offset)
-        nothing = os.memfd_create("guest_memfd-private", os.MFD_CLOEXEC)
-        try:
-            return map_shared(nothing, length, 0)
-        finally:
-            os.close(nothing)
+        address: int = library().ak_gmem_mmap(fd, length, offset)
+        if address < 0:
+            raise OSError(-address, f"mmap(fd={fd}, length={length:#x}, offset={offset:#x}): {os.strerror(-address)}")
+        return address
 
 
 def _release(vm: Vm, address: int, generation: int) -> None:
@@ -107,7 +102,7 @@ def create_guest_memfd(vm: Vm, arg: int) -> int:
         os.fchmod(fd, 0o600)
         os.set_inheritable(fd, True)
         address = c_uint64()
-        result: int = library().ak_gmem_create(vm.address, fd, size, byref(address))
+        result: int = library().ak_gmem_create(vm.address, fd, size, request.flags, byref(address))
         if result:
             raise Refused(-result, f"a file of {size:#x} bytes cannot be mapped")
         FILES.install(fd, GuestMemfd(vm, address.value, size, request.flags))

@@ -5,7 +5,9 @@
  *   engine.c      create, enter, kick, self-test        mmu.c       guest page tables (first stage)
  *   fault.c       second stage, TLB fill                hva.c       host pages, asked as KVM asks
  *   dirty.c       dirty tracking                        host.c      guarded access, SIGSEGV/SIGBUS
- *   attributes.c  which guest frames are private          gmem.c      guest_memfd
+ *   attributes.c  which guest frames are private        gmem.c      guest_memfd
+ *   gmem_file.c   what its file refuses                 interpose.c in front of the C library
+ *   coherence.c   code that changes                     stores.c    stores beside code
  *   slots.c       the memslot table                     emulate.c   MMIO: one instruction, replayed
  *   pio.c         port I/O and its completion           events.c    exceptions, interrupts, triple fault
  *   control.c     CR, EFER, XCR0, SYSCALL, SYSENTER     msr.c       MSRs        cpuid.c  CPUID, TSC
@@ -352,8 +354,15 @@ int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_
 bool ak_gfn_is_private(const struct ak_vm *vm, u64 gfn);
 int ak_set_memory_attributes(struct ak_vm *vm, u64 gfn, u64 npages, bool is_private);
 
+/* gmem_file.c */
+int ak_gmem_file_add(int fd, u64 size, u32 flags);
+void ak_gmem_file_remove(int fd);
+int64_t ak_gmem_mmap(int fd, u64 length, u64 offset);
+
 /* gmem.c */
-int ak_gmem_create(struct ak_vm *vm, int fd, u64 size, struct ak_gmem **result);
+#define AK_GMEM_MMAP 1u /* GUEST_MEMFD_FLAG_* */
+#define AK_GMEM_INIT_SHARED 2u
+int ak_gmem_create(struct ak_vm *vm, int fd, u64 size, u32 flags, struct ak_gmem **result);
 void ak_gmem_destroy(struct ak_vm *vm, struct ak_gmem *g);
 bool ak_gmem_held(const struct ak_gmem *g);
 int ak_gmem_fd(const struct ak_gmem *g);

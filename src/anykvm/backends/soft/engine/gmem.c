@@ -43,8 +43,8 @@ int ak_gmem_fd(const struct ak_gmem *g)
     return g->fd;
 }
 
-/* Take the memfd fd, size bytes long, as guest memory of this VM. 0 or a negative errno. */
-int ak_gmem_create(struct ak_vm *vm, int fd, u64 size, struct ak_gmem **result)
+/* Take the memfd fd, size bytes long, as guest memory of this VM; flags AK_GMEM_*. 0 or a negative errno. */
+int ak_gmem_create(struct ak_vm *vm, int fd, u64 size, u32 flags, struct ak_gmem **result)
 {
     struct flock lock = whole_file(F_WRLCK);
     char name[32];
@@ -56,8 +56,10 @@ int ak_gmem_create(struct ak_vm *vm, int fd, u64 size, struct ak_gmem **result)
     void *at = MAP_FAILED;
     if (g->fd >= 0 && !fcntl(fd, F_OFD_SETLK, &lock))
         at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, g->fd, 0);
-    if (at == MAP_FAILED) {
-        int r = -errno;
+    int r = at == MAP_FAILED ? -errno : ak_gmem_file_add(fd, size, flags);
+    if (r) {
+        if (at != MAP_FAILED)
+            munmap(at, size);
         if (g->fd >= 0)
             close(g->fd);
         free(g);
@@ -87,6 +89,7 @@ void ak_gmem_destroy(struct ak_vm *vm, struct ak_gmem *g)
         }
     ak_vm_resume(vm, true);
     munmap((void *)g->hva, g->size);
+    ak_gmem_file_remove(g->fd);
     close(g->fd);
     free(g->failures);
     free(g);

@@ -57,7 +57,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_vm_set_hypercall_exits": (None, (_address, _u64)),
     # private memory
     "ak_set_memory_attributes": (_int, (_address, _u64, _u64, ctypes.c_bool)),
-    "ak_gmem_create": (_int, (_address, _int, _u64, ctypes.POINTER(_address))),
+    "ak_gmem_create": (_int, (_address, _int, _u64, ctypes.c_uint32, ctypes.POINTER(_address))),
+    "ak_gmem_mmap": (ctypes.c_int64, (_int, _u64, _u64)),
     "ak_gmem_destroy": (None, (_address, _address)),
     "ak_gmem_held": (ctypes.c_bool, (_address,)),
     "ak_gmem_fd": (_int, (_address,)),
