@@ -7,6 +7,7 @@
  *   dirty.c       dirty tracking                        host.c      guarded access, SIGSEGV/SIGBUS
  *   attributes.c  which guest frames are private        gmem.c      guest_memfd
  *   gmem_file.c   what its file refuses                 interpose.c in front of the C library
+ *   signals.c     signals and KVM_RUN, the ticker       python_signals.c  Ctrl-C in CPython
  *   coherence.c   code that changes                     stores.c    stores beside code
  *   slots.c       the memslot table                     emulate.c   MMIO: one instruction, replayed
  *   pio.c         port I/O and its completion           events.c    exceptions, interrupts, triple fault
@@ -247,6 +248,8 @@ struct ak_vcpu {
     volatile u32 interruptible; /* a guarded access that a signal may end: GUP with FOLL_INTERRUPTIBLE */
     volatile u32 pokes;       /* by the ticker; odd: one is on its way */
     u32 pokes_seen, tick_stuck;
+    volatile u32 ticks;       /* by the ticker: in which it did not leave guest mode by itself */
+    u32 ticks_asked;
     u64 align_pc;             /* translate.c: instruction under 16-byte alignment rule */
     u32 align_need;
     u64 insn_pc;              /* translate.c: bytes shown to the decoder instead of memory */
@@ -281,6 +284,7 @@ static inline struct ak_vcpu *ak_of_env(struct CPUX86State *env) { (void)env; re
 /* signals.c */
 void ak_signals_enter(struct ak_vcpu *v);
 bool ak_signal_pending(struct ak_vcpu *v);
+bool ak_python_interrupted(struct ak_vcpu *v);
 bool ak_send_hwpoison_signal(struct ak_vcpu *v);
 void ak_signals_leave(struct ak_vcpu *v);
 void ak_ticker_arm(struct ak_vcpu *v);

@@ -85,7 +85,7 @@ bool ak_signal_pending(struct ak_vcpu *v)
 {
     u64 pending = 0;
     syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
-    return deliverable(v, pending);
+    return deliverable(v, pending) || ak_python_interrupted(v);
 }
 
 /* kvm_send_hwpoison_signal(): the vCPU's thread gets SIGBUS with the page's host address. True: it is deliverable, and
@@ -163,6 +163,7 @@ static bool tick(void)
     for (u32 i = 0; i < nwatched; i++) {
         struct ak_vcpu *v = watched[i];
         if (v->in_guest && v->entries == v->tick_entries) {
+            v->ticks++;
             ak_kick(v);
             if (v->tick_stuck++)
                 poke(v);
