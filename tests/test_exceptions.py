@@ -77,7 +77,8 @@ def test_fault(machine: Machine, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "vector", "length"), [("int3", 3, 1), ("int $0x15", 0x15, 2), ("int $0x1f", 0x1F, 2)]
+    ("source", "vector", "length"),
+    [("int3", 3, 1), ("int $0x15", 0x15, 2), ("int $0x1f", 0x1F, 2), (".byte 0xf1", 1, 1), (".byte 0x66, 0xf1", 1, 2)],
 )
 def test_software_interrupts_return_behind_the_instruction(
     machine: Machine, source: str, vector: int, length: int

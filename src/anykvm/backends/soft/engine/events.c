@@ -50,6 +50,7 @@ static void deliver_nmi(struct ak_vcpu *v)
 
 bool ak_is_string_io(struct ak_vcpu *v);
 bool ak_is_hypercall(struct ak_vcpu *v);
+u32 ak_icebp_length(struct ak_vcpu *v);
 
 /* The engine's exception hook, between blocks: exception_index, error_code, is_int are set, RIP is exact. */
 void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
@@ -61,6 +62,11 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
     (void)user;
     v->translating = 0;
     v->event.pending = 0;
+    u32 icebp = vector == EXCP_UD && !env->exception_is_int && !queued ? ak_icebp_length(v) : 0;
+    if (icebp) { /* a #DB that the engine does not know; a trap, and no DPL is looked at (APM vol. 3, INT1) */
+        env->eip += icebp;
+        v->cpu->exception_index = (int)(vector = EXCP_DB);
+    }
     if (vector == EXCP_UD && !env->exception_is_int && !queued) {
         if (ak_is_string_io(v)) {
             env->old_exception = -1;

@@ -244,3 +244,20 @@ bool ak_is_hypercall(struct ak_vcpu *v)
     u8 code[15];
     return ak_peek_instruction(v, code) >= 3 && code[0] == 0x0f && code[1] == 0x01 && (code[2] == 0xc1 || code[2] == 0xd9);
 }
+
+/* The length of ICEBP (F1) at RIP, with its prefixes; 0: another instruction. */
+u32 ak_icebp_length(struct ak_vcpu *v)
+{
+    u8 code[15];
+    u32 size = ak_peek_instruction(v, code);
+    bool mode64 = v->env->hflags & HF_CS64_MASK;
+    for (u32 n = 0; n < size; n++)
+        switch (code[n]) {
+        case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65: case 0x66: case 0x67: case 0xf2: case 0xf3: break;
+        case 0xf1: return n + 1;
+        default:
+            if (!mode64 || (code[n] & 0xf0) != 0x40)
+                return 0;
+        }
+    return 0;
+}
