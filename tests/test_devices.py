@@ -246,7 +246,7 @@ def test_a_handler_that_does_nothing_fails(machine: Machine) -> None:
 
 
 def test_pages_that_somebody_else_protects_are_a_fault_and_no_hang(machine: Machine, ram: int) -> None:
-    from anykvm.api import libc
+    from anykvm.host import libc
 
     with DeviceMapping(PAGE, Recorder(ram)) as device:
         machine.vm.map(device, HIGH)

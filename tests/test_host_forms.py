@@ -14,11 +14,11 @@ import pytest
 
 import anykvm
 from anykvm import GuestMemory, Intr, Io, Mmio, abi
-from anykvm.api import libc
 from anykvm.backends.soft import poison, unpoison
 from anykvm.conformance import by_scenario, compare_scenario, golden, read_records, sigbus
 from anykvm.conformance.host import READ_WRITE, Host, anonymous, file_mapping, memfd
 from anykvm.conformance.signals import Signals
+from anykvm.host import libc
 from machine import CODE, Machine
 from test_devices import fault
 

@@ -13,10 +13,10 @@ import pytest
 
 import anykvm
 from anykvm import Hlt, Intr, Io, abi
-from anykvm.api import libc
 from anykvm.conformance import uffd
 from anykvm.conformance.host import anonymous
 from anykvm.conformance.uffd import ANSWER, Userfaultfd
+from anykvm.host import libc
 from machine import CODE, DATA, Machine
 
 PAGE = 4096

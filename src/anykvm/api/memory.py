@@ -8,8 +8,8 @@ import weakref
 from types import TracebackType
 from typing import Any, Final
 
-from anykvm.api import libc
-from anykvm.api.libc import PROT_READ, PROT_WRITE
+from anykvm.host import libc
+from anykvm.host.libc import PROT_READ, PROT_WRITE
 
 PAGE_SIZE: Final = 4096
 READ_WRITE: Final = PROT_READ | PROT_WRITE

@@ -13,11 +13,11 @@ from anykvm.backends.soft import profiles
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES
-from anykvm.backends.soft.pages import unmap
 from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.run import kvm_run
 from anykvm.backends.soft.system import open_system
 from anykvm.backends.soft.vcpu import VcpuFile
+from anykvm.host.libc import munmap
 
 _U32: Final = 0xFFFFFFFF
 _U64: Final = 0xFFFFFFFFFFFFFFFF
@@ -105,7 +105,7 @@ class SoftBackend:
 
     def munmap(self, address: int, length: int) -> None:
         """Unmap; see ``Backend.munmap``."""
-        unmap(address, length)
+        munmap(address, length)
 
     def close(self, fd: int) -> None:
         """Close; see ``Backend.close``."""

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, TypeAlias
 
-from anykvm.api import libc
 from anykvm.backends.soft.engine.library import DEVICE_FAULT, library
+from anykvm.host import libc
 
 PAGE_SIZE: Final = 4096
 _ACCESS_WRITE: Final = 1
