@@ -24,12 +24,6 @@ ACCESS = CODE + 5  # address of the instruction after the first
 
 
 @pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
-
-
-@pytest.fixture
 def ram() -> Iterator[int]:
     fd = os.memfd_create("device")
     os.ftruncate(fd, 16 * PAGE)

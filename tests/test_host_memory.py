@@ -9,11 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 
-import anykvm
 from anykvm import GuestMemory, MemoryFault
 from anykvm.host import libc
 from machine import CODE, DATA, Machine, assemble
@@ -21,12 +19,6 @@ from machine import CODE, DATA, Machine, assemble
 PAGE = 4096
 RW, RO, NONE = 3, 1, 0
 HIGH = 0x800000  # gpa of extra memory
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
 
 
 def fault(gpa: int) -> MemoryFault:
