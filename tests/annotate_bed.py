@@ -17,9 +17,9 @@ from types import TracebackType
 
 import anykvm
 from anykvm.abi.structures import kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events
-from anykvm.api import libc
 from anykvm.backends.soft import native
 from anykvm.backends.soft.files import FILES
+from anykvm.host import libc
 from anykvm.layers.annotate import Access, Annotate, Cause
 from machine import KERNEL_CS, KERNEL_DS, TSS_SEL, USER_CS, USER_DS, assemble, segment
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
+import anykvm
 from anykvm.backends import Backend, Probe, probe_device, probe_soft, soft_backend
 from anykvm.backends.device import DeviceBackend
+from machine import Machine
 
 _PROBES: dict[str, Probe] = {}
 
@@ -24,6 +30,48 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     if not found.usable:
         pytest.skip(f"{found.name} backend: {found.reason}")
     return DeviceBackend() if request.param == "device" else soft_backend()
+
+
+@pytest.fixture(params=["documented", "linux-7.3"])
+def each_profile(request: pytest.FixtureRequest) -> str:
+    """The soft backend's profiles in turn: what KVM_RUN promises, and what the kernel does of it."""
+    return str(request.param)
+
+
+@pytest.fixture
+def profile() -> str | None:
+    """The profile of `machine`: the soft backend's own; a module that wants both gives its tests `each_profile`."""
+    return None
+
+
+@pytest.fixture
+def machine(profile: str | None) -> Iterator[Machine]:
+    """A long-mode machine on the soft backend."""
+    with anykvm.open("soft", profile) as kvm, Machine(kvm) as made:
+        yield made
+
+
+@pytest.fixture
+def alarms() -> Iterator[list[int]]:
+    """SIGALRM's handler counts; no timer is left behind."""
+    with _counted(signal.SIGALRM) as seen:
+        yield seen
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@pytest.fixture
+def sigbus() -> Iterator[list[int]]:
+    """SIGBUS's handler counts."""
+    with _counted(signal.SIGBUS) as seen:
+        yield seen
+
+
+@contextmanager
+def _counted(number: signal.Signals) -> Iterator[list[int]]:
+    seen: list[int] = []
+    old = signal.signal(number, lambda number, frame: seen.append(number))
+    yield seen
+    signal.signal(number, old)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

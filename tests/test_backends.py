@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,28 @@ import anykvm
 from anykvm import backends
 from anykvm.backends import Probe, probe, selftest
 from anykvm.backends.device import DeviceBackend
+
+BELOW = {
+    "abi": {"abi"},
+    "host": {"host"},
+    "backends": {"abi", "host", "backends"},
+    "api": {"abi", "host", "backends", "api"},
+}
+
+
+@pytest.mark.parametrize("package", BELOW)
+def test_a_package_imports_what_is_below_it_alone(package: str) -> None:
+    """A backend does without the API, and what both need knows neither."""
+    files = list((Path(anykvm.__file__).parent / package).rglob("*.py"))
+    imported = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                whole = [f"{node.module}.{name.name}" for name in node.names]
+            else:
+                whole = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            imported |= {name.split(".")[1] for name in whole if name.startswith("anykvm.")}
+    assert files and imported <= BELOW[package]
 
 
 def test_names() -> None:

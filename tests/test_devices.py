@@ -24,12 +24,6 @@ ACCESS = CODE + 5  # address of the instruction after the first
 
 
 @pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
-
-
-@pytest.fixture
 def ram() -> Iterator[int]:
     fd = os.memfd_create("device")
     os.ftruncate(fd, 16 * PAGE)
@@ -246,7 +240,7 @@ def test_a_handler_that_does_nothing_fails(machine: Machine) -> None:
 
 
 def test_pages_that_somebody_else_protects_are_a_fault_and_no_hang(machine: Machine, ram: int) -> None:
-    from anykvm.api import libc
+    from anykvm.host import libc
 
     with DeviceMapping(PAGE, Recorder(ram)) as device:
         machine.vm.map(device, HIGH)

@@ -24,12 +24,6 @@ MANUAL = abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2
 
 
 @pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
-
-
-@pytest.fixture
 def logged(machine: Machine) -> Iterator[GuestMemory]:
     """Memory at HIGH, in slot 1, that is logged."""
     with GuestMemory(PAGES * PAGE) as memory:

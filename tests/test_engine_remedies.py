@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,20 +17,6 @@ from machine import CODE, DATA, Machine, assemble
 
 unicorn = pytest.importorskip("unicorn", reason="the stock engine to compare with (pip install unicorn==2.1.4)")
 from unicorn import x86_const as x86  # noqa: E402
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
-
-
-@pytest.fixture
-def alarm() -> Iterator[None]:
-    old = signal.signal(signal.SIGALRM, lambda number, frame: None)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, old)
 
 
 def stock(source: str) -> Any:
@@ -56,7 +42,7 @@ def stock_goes_on(source: str, setup: Callable[[Any], None] = lambda uc: None) -
 COUNT = "1: incq (0x60000); inc %rax; jmp 1b"
 
 
-def test_stores_happen_once_when_stopped(machine: Machine, alarm: None) -> None:
+def test_stores_happen_once_when_stopped(machine: Machine, alarms: list[int]) -> None:
     machine.long_mode(COUNT)
     signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0007)
     for _ in range(100):
@@ -78,7 +64,7 @@ def test_stock_engine_repeats_stores() -> None:
     pytest.fail("the stock engine was exact 300 times: this test no longer proves anything")
 
 
-def test_a_stop_before_the_start_is_not_lost(machine: Machine, alarm: None) -> None:
+def test_a_stop_before_the_start_is_not_lost(machine: Machine, alarms: list[int]) -> None:
     """A kick that comes before KVM_RUN's first instruction ends it (stock: uc_emu_start clears it and runs on)."""
     machine.long_mode("1: jmp 1b")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})

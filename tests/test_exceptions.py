@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-import anykvm
 from anykvm import Shutdown
 from machine import CODE, DATA, GDT, HANDLERS, IST1, RSP0, STACK, Machine, assemble, segment
 
 NONCANONICAL = "mov $0x800000000000, %rax; "
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
 
 
 FAULTS = {

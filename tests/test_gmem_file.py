@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from anykvm import Hlt, abi
-from anykvm.api import libc
 from anykvm.backends.soft import SoftBackend
+from anykvm.host import libc
 from private_guest import PAGE, SIZE, PrivateGuest, private_guest
 from soft_helpers import refused
 

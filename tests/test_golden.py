@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from anykvm.conformance import Difference, by_scenario, compare_scenario, golden, load, read_records
+from anykvm.conformance import Difference, compare_scenario, golden, load
 from anykvm.conformance.golden_file import Record
-from conftest import probe
+from vmm_helpers import record_on_soft
 
 PROFILE: Final = "linux-7.3"
 GOLDEN: Final = golden("linux-7.3-npt")
@@ -33,14 +31,7 @@ SECONDS: Final = 8
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
     """Run every golden scenario that does not change the machine, in a process of its own, as a user would."""
-    found = probe("soft")
-    if not found.usable:
-        pytest.skip(f"soft backend: {found.reason}")
-    output = tmp_path_factory.mktemp("golden") / "soft.jsonl"
-    names = [name for name in GOLDEN if not load()[name].intrusive]
-    command = [sys.executable, "-m", "anykvm.conformance.record", "--backend", "soft", "--profile", PROFILE]
-    subprocess.run([*command, "--timeout", str(SECONDS), "--output", str(output), *names], check=True, timeout=110)
-    return by_scenario(read_records(output))
+    return record_on_soft(PROFILE, GOLDEN, SECONDS, tmp_path_factory.mktemp("golden"))
 
 
 def left_out(name: str) -> list[tuple[str, str]]:

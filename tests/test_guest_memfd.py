@@ -28,9 +28,9 @@ READ = "mov (%rbx), %rax; hlt"
 GONE = (errno.EFAULT, FAULT, AREA, PAGE, FLAG)
 
 
-@pytest.fixture(params=["documented", "linux-7.3"])
-def backend(request: pytest.FixtureRequest) -> SoftBackend:
-    return SoftBackend(request.param)
+@pytest.fixture
+def backend(each_profile: str) -> SoftBackend:
+    return SoftBackend(each_profile)
 
 
 @pytest.fixture

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import anykvm
 from anykvm import GuestMemory, Intr, Io, Mmio, abi
-from anykvm.api import libc
 from anykvm.backends.soft import poison, unpoison
 from anykvm.conformance import by_scenario, compare_scenario, golden, read_records, sigbus
 from anykvm.conformance.host import READ_WRITE, Host, anonymous, file_mapping, memfd
 from anykvm.conformance.signals import Signals
+from anykvm.host import libc
 from machine import CODE, Machine
 from test_devices import fault
 
@@ -28,12 +27,6 @@ HUGE = 0x200000
 MAP_HUGETLB = getattr(mmap, "MAP_HUGETLB", 0x40000)
 READ = f"mov ${HIGH}, %esi; mov (%rsi), %rax; hlt"
 WRITE = f"mov ${HIGH}, %esi; mov %rsi, (%rsi); hlt"
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
 
 
 def put(machine: Machine, host: Host, slot: int = 5, gpa: int = HIGH) -> None:

@@ -3,37 +3,22 @@ any moment, also while the guest runs. The guest gets a precise memory fault or 
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import mmap
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 
-import anykvm
 from anykvm import GuestMemory, MemoryFault
+from anykvm.host import libc
 from machine import CODE, DATA, Machine, assemble
 
 PAGE = 4096
 RW, RO, NONE = 3, 1, 0
 HIGH = 0x800000  # gpa of extra memory
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
 
 
 def fault(gpa: int) -> MemoryFault:
@@ -169,15 +154,15 @@ def test_new_memory_is_seen_at_once(machine: Machine) -> None:
 
     machine.quads(0x61000, 0x11)
     assert seen() == 0x11
-    _libc.mmap(base, PAGE, RW, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10, -1, 0)
+    libc.mmap(base, PAGE, RW, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_FIXED)
     assert seen() == 0
     machine.quads(0x61000, 0x22)
     assert seen() == 0x22
-    _libc.madvise(ctypes.c_void_p(base), ctypes.c_size_t(PAGE), 4)  # MADV_DONTNEED
+    libc.madvise(base, PAGE, libc.MADV_DONTNEED)
     assert seen() == 0
     fd = os.memfd_create("over")
     os.write(fd, b"\x33" + bytes(PAGE - 1))
-    _libc.mmap(base, PAGE, RW, mmap.MAP_SHARED | 0x10, fd, 0)
+    libc.mmap(base, PAGE, RW, libc.MAP_SHARED | libc.MAP_FIXED, fd)
     assert seen() == 0x33
     os.pwrite(fd, b"\x44", 0)
     assert seen() == 0x44
@@ -234,9 +219,9 @@ def test_mapping_changed_while_the_guest_runs(machine: Machine, loop: str, chang
             back.wait()
             back.clear()
             if change == "munmap":
-                _libc.munmap(base, 2 * PAGE)
+                libc.munmap(base, 2 * PAGE)
             elif change == "mprotect":
-                _libc.mprotect(base, 2 * PAGE, NONE)
+                libc.mprotect(base, 2 * PAGE, NONE)
             else:
                 os.ftruncate(fd, 0)
             taken.set()
@@ -254,9 +239,9 @@ def test_mapping_changed_while_the_guest_runs(machine: Machine, loop: str, chang
         taken.wait()
         taken.clear()
         if change == "munmap":
-            assert _libc.mmap(base, 2 * PAGE, RW, mmap.MAP_SHARED | 0x10, fd, 0) == base
+            assert libc.mmap(base, 2 * PAGE, RW, libc.MAP_SHARED | libc.MAP_FIXED, fd) == base
         elif change == "mprotect":
-            _libc.mprotect(base, 2 * PAGE, RW)
+            libc.mprotect(base, 2 * PAGE, RW)
         else:
             os.ftruncate(fd, 2 * PAGE)
     thread.join()

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 
-import anykvm
 from anykvm import Hlt, Hypercall, Intr, abi
 from machine import CODE, Machine
 
 MAP_GPA_RANGE = 12
 SOURCE = "mov $12, %eax; mov $0x60000, %ebx; mov $2, %ecx; mov $16, %edx; {}; hlt"
 KVM_EINVAL, KVM_ENOSYS, KVM_EPERM = (2**64 - code for code in (22, 1000, 1))
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
 
 
 @pytest.mark.parametrize("instruction", ["vmcall", "vmmcall"])

@@ -9,7 +9,7 @@ import tempfile
 import pytest
 
 from anykvm import PAGE_SIZE, GuestMemory
-from anykvm.api import libc
+from anykvm.host import libc
 
 
 def test_slices_and_bounds() -> None:

@@ -77,7 +77,7 @@ def test_the_first_file_system_has_what_init_needs(tmp_path: Path) -> None:
     assert found["modules/order"][1] == b"irqbypass\nkvm\nkvm_amd\n"
     assert found["modules/kvm_amd.ko"][1] == module("kvm,ccp")
     assert "modules/unrelated.ko" not in found
-    for folder in ("proc", "sys", "dev", "control", "lower", "over", "root"):
+    for folder in ("proc", "sys", "dev", "control", "lower", "newroot", "over"):
         assert found[folder][0] == 0o040755
 
 

@@ -14,11 +14,8 @@ import pytest
 
 import anykvm
 from anykvm import Hlt, Mmio, abi
-from anykvm.backends.soft import SoftBackend
-from anykvm.backends.soft.engine.library import library
-from anykvm.backends.soft.files import FILES
+from anykvm.backends.soft import SoftBackend, poison, unpoison
 from anykvm.backends.soft.guest_memfd import fail_page
-from anykvm.backends.soft.vm import VmFile
 from machine import CODE, DATA, PML4
 from private_guest import ALIAS, AREA, BIT, FLAG, PAGE, PRIVATE, SIZE, PrivateGuest, private_guest
 from soft_helpers import refused
@@ -28,9 +25,9 @@ READ, WRITE, FETCH = "mov (%rbx), %rax; hlt", "mov %rcx, (%rbx); hlt", "jmp *%rb
 DEVICE = 0x1000000
 
 
-@pytest.fixture(params=["documented", "linux-7.3"])
-def backend(request: pytest.FixtureRequest) -> SoftBackend:
-    return SoftBackend(request.param)
+@pytest.fixture
+def backend(each_profile: str) -> SoftBackend:
+    return SoftBackend(each_profile)
 
 
 @pytest.fixture
@@ -261,19 +258,12 @@ def test_pre_fault_stops_where_it_cannot_go_on(guest: PrivateGuest) -> None:
     assert prefault(guest, AREA + SIZE) == errno.ENOENT
 
 
-def test_pre_fault_of_poisoned_ordinary_memory(guest: PrivateGuest) -> None:
+def test_pre_fault_of_poisoned_ordinary_memory(guest: PrivateGuest, sigbus: list[int]) -> None:
     """A SIGBUS for the thread, and EINTR."""
-    caught: list[int] = []
-    file = FILES.get(guest.vm.fileno())
-    assert isinstance(file, VmFile)
-    old = signal.signal(signal.SIGBUS, lambda number, frame: caught.append(number))
-    try:
-        library().ak_poison(file.vm.address, guest.shared.address, True)
-        assert prefault(guest, AREA) == errno.EINTR
-        library().ak_poison(file.vm.address, guest.shared.address, False)
-    finally:
-        signal.signal(signal.SIGBUS, old)
-    assert caught == [signal.SIGBUS]
+    poison(guest.vm, guest.shared)
+    assert prefault(guest, AREA) == errno.EINTR
+    unpoison(guest.vm, guest.shared)
+    assert sigbus == [signal.SIGBUS]
     assert prefault(guest, AREA) == 0
 
 

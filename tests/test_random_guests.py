@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator
 
 import pytest
 
@@ -18,13 +17,9 @@ IRET = {"long": bytes.fromhex("48cf"), "legacy": b"\xcf"}
 
 
 @pytest.fixture
-def ticking() -> Iterator[None]:
+def ticking(alarms: list[int]) -> None:
     """SIGALRM every 20 ms: no guest runs longer between two exits."""
-    old = signal.signal(signal.SIGALRM, lambda number, frame: None)
     signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, old)
 
 
 def legacy(machine: Machine, protected: bool) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from anykvm.conformance import Difference, by_scenario, compare_scenario, golden, load, read_records
+from anykvm.conformance import Difference, compare_scenario, golden, load, read_records
 from anykvm.conformance.golden_file import ABOUT, END, Record
 from anykvm.conformance.records_of import kernel_names, kernel_records
-from conftest import probe
+from vmm_helpers import record_on_soft
 
 FOLDER: Final = Path(__file__).parent.parent / "src/anykvm/conformance/records"
 ORACLE: Final = kernel_records("linux-7.3").scenarios
@@ -48,14 +46,7 @@ def told(differences: list[Difference]) -> str:
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
     """Run the scenarios that only the oracle has on the soft backend."""
-    found = probe("soft")
-    if not found.usable:
-        pytest.skip(f"soft backend: {found.reason}")
-    output = tmp_path_factory.mktemp("records") / "soft.jsonl"
-    command = [sys.executable, "-m", "anykvm.conformance.record", "--backend", "soft", "--profile", "linux-7.3"]
-    names = [name for name in COMPARED + NOT_YET if not load()[name].intrusive]
-    subprocess.run([*command, "--timeout", str(SECONDS), "--output", str(output), *names], check=True, timeout=100)
-    return by_scenario(read_records(output))
+    return record_on_soft("linux-7.3", COMPARED + NOT_YET, SECONDS, tmp_path_factory.mktemp("records"))
 
 
 @pytest.mark.parametrize("name", kernel_names())

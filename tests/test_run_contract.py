@@ -7,36 +7,21 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Iterator
 
 import pytest
 
 import anykvm
 from anykvm import Hlt, InternalError, Intr, Io, IrqWindowOpen, MemoryFault, Mmio, Shutdown, abi
+from anykvm.backends import soft
 from machine import CODE, DATA, Machine, assemble
 
 RUN = abi.KVM_RUN
 DEVICE = 0x1000000  # no memslot there
 
 
-@pytest.fixture(params=["documented", "linux-7.3"])
-def profile(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture
-def machine(profile: str) -> Iterator[Machine]:
-    with anykvm.open("soft", profile) as kvm, Machine(kvm) as made:
-        yield made
-
-
-@pytest.fixture
-def alarm() -> Iterator[None]:
-    """SIGALRM's handler does nothing; no timer is left behind."""
-    old = signal.signal(signal.SIGALRM, lambda number, frame: None)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, old)
+def profile(each_profile: str) -> str:
+    return each_profile
 
 
 def raw(machine: Machine, arg: int = 0) -> int:
@@ -322,7 +307,7 @@ def test_memory_fault_validity(machine: Machine, profile: str) -> None:
     assert int.from_bytes(machine.memory.read(DATA + 0x123, 4), "little") == 1
 
 
-def test_pending_signal_under_the_mask_wins_before_the_guest_runs(machine: Machine, alarm: None) -> None:
+def test_pending_signal_under_the_mask_wins_before_the_guest_runs(machine: Machine, alarms: list[int]) -> None:
     machine.long_mode("mov $1, %eax; 1: jmp 1b")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
     try:
@@ -335,7 +320,7 @@ def test_pending_signal_under_the_mask_wins_before_the_guest_runs(machine: Machi
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
 
 
-def test_signal_ends_a_running_guest(machine: Machine, alarm: None) -> None:
+def test_signal_ends_a_running_guest(machine: Machine, alarms: list[int]) -> None:
     machine.long_mode("1: incq (0x60000); inc %rax; jmp 1b")
     for _ in range(20):
         signal.setitimer(signal.ITIMER_REAL, 0.002)
@@ -345,7 +330,7 @@ def test_signal_ends_a_running_guest(machine: Machine, alarm: None) -> None:
     assert memory > 1000
 
 
-def test_ignored_signal_does_not_end_a_run(machine: Machine, alarm: None) -> None:
+def test_ignored_signal_does_not_end_a_run(machine: Machine, alarms: list[int]) -> None:
     machine.long_mode("mov $30000000, %ecx; 1: dec %ecx; jnz 1b; hlt")
     old = signal.signal(signal.SIGALRM, signal.SIG_IGN)
     with contextlib.ExitStack() as stack:
@@ -354,14 +339,14 @@ def test_ignored_signal_does_not_end_a_run(machine: Machine, alarm: None) -> Non
         machine.run_to_halt()
 
 
-def test_blocked_signal_does_not_end_a_run(machine: Machine, alarm: None) -> None:
+def test_blocked_signal_does_not_end_a_run(machine: Machine, alarms: list[int]) -> None:
     machine.long_mode("mov $30000000, %ecx; 1: dec %ecx; jnz 1b; hlt")
     machine.vcpu.set_signal_mask([signal.SIGALRM])
     signal.setitimer(signal.ITIMER_REAL, 0.002)
     machine.run_to_halt()
 
 
-def test_kick_from_another_thread_is_never_lost(machine: Machine, alarm: None) -> None:
+def test_kick_from_another_thread_is_never_lost(machine: Machine, alarms: list[int]) -> None:
     """immediate_exit and a signal, as VMMs kick: whenever it comes, KVM_RUN ends."""
     machine.long_mode("1: jmp 1b")
     main = threading.get_ident()
@@ -432,39 +417,20 @@ def test_dead_vm(machine: Machine) -> None:
     assert raw(machine) == errno.EIO
 
 
-@pytest.fixture
-def sigbus() -> Iterator[list[int]]:
-    """SIGBUS's handler counts."""
-    seen: list[int] = []
-    old = signal.signal(signal.SIGBUS, lambda number, frame: seen.append(number))
-    yield seen
-    signal.signal(signal.SIGBUS, old)
-
-
-def poisoned(machine: Machine, gpa: int, state: bool) -> None:
-    from anykvm.backends.soft.engine.library import library
-    from anykvm.backends.soft.files import FILES
-    from anykvm.backends.soft.vm import VmFile
-
-    file = FILES.get(machine.vm.fileno())
-    assert isinstance(file, VmFile)
-    assert library().ak_poison(file.vm.address, machine.memory.address + gpa, state) == 0
-
-
 def test_poisoned_page_is_sigbus_and_eintr(machine: Machine, sigbus: list[int]) -> None:
     """kvm_send_hwpoison_signal(): never EHWPOISON for ordinary memory."""
     machine.long_mode("mov $0x60000, %rax; mov (%rax), %rbx; hlt")
-    poisoned(machine, DATA, True)
+    soft.poison(machine.vm, machine.memory, DATA)
     poison(machine)
     assert machine.vcpu.run() == Intr(abi.KVM_EXIT_INTR)
     assert sigbus == [signal.SIGBUS]
-    poisoned(machine, DATA, False)
+    soft.unpoison(machine.vm, machine.memory, DATA)
     machine.run_to_halt()
 
 
-def test_poisoned_page_with_sigbus_blocked_retries_until_another_signal(machine: Machine, alarm: None) -> None:
+def test_poisoned_page_with_sigbus_blocked_retries_until_another_signal(machine: Machine, alarms: list[int]) -> None:
     machine.long_mode("mov $0x60000, %rax; mov (%rax), %rbx; hlt")
-    poisoned(machine, DATA, True)
+    soft.poison(machine.vm, machine.memory, DATA)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGBUS})
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.01)

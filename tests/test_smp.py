@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -15,12 +15,6 @@ from anykvm import GuestMemory, Hlt, Intr, Io, Mmio, Vcpu
 from machine import CODE, DATA, Machine
 
 HIGH = 0x1000000
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
 
 
 def second(machine: Machine, rip: int, stack: int = 0x50000) -> Vcpu:

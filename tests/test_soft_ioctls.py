@@ -17,6 +17,7 @@ from anykvm.backends.soft.msrs import FEATURE_MSRS, MSRS_TO_SAVE
 from anykvm.backends.soft.system import _HANDLERS as SYSTEM
 from anykvm.backends.soft.vcpu_state import HANDLERS as VCPU
 from anykvm.backends.soft.vm import _HANDLERS as VM
+from anykvm.host import libc
 from soft_helpers import PAGE, Guest, error_of, refused
 
 ADDRESS = ctypes.addressof
@@ -75,12 +76,10 @@ def test_read_only_and_crossing_memory(guest: Guest, request_: int) -> None:
 
     writable, readonly = mmap.mmap(-1, 2 * PAGE), mmap.mmap(-1, PAGE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     view = ctypes.c_uint8.from_buffer(readonly)
-    libc = ctypes.CDLL(None)
-    libc.mprotect.argtypes = libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    assert libc.mprotect(ADDRESS(view), PAGE, mmap.PROT_READ) == 0
+    libc.mprotect(ADDRESS(view), PAGE, mmap.PROT_READ)
     assert error_of(guest.backend, guest.vcpu, request_, ADDRESS(view)) == errno.EFAULT
     edge = ctypes.c_uint8.from_buffer(writable)
-    assert libc.mprotect(ADDRESS(edge) + PAGE, PAGE, 0) == 0
+    libc.mprotect(ADDRESS(edge) + PAGE, PAGE, 0)
     assert error_of(guest.backend, guest.vcpu, request_, ADDRESS(edge) + PAGE - 4) == errno.EFAULT
 
 

@@ -9,7 +9,6 @@ complete (the system call or ioctl has returned); from then on no vCPU may read 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import os
 import random
 import threading
@@ -17,6 +16,7 @@ import time
 
 import anykvm
 from anykvm import GuestMemory, Io, MemoryFault, Mmio, Vcpu
+from anykvm.host import libc
 from machine import CODE, Machine
 from test_smp import second
 
@@ -24,7 +24,6 @@ PAGE, PAGES = 4096, 16
 HIGH = 0x1000000
 SECONDS = float(os.environ.get("ANYKVM_STRESS_SECONDS", "4"))
 RW, NONE = 3, 0
-MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
 
 #: Read the first word of page %ecx = 0..15 in turn and report it: port 0x10 + page.
 READER = f"""
@@ -36,12 +35,6 @@ READER = f"""
     inc %ebx; cmp ${PAGES}, %ebx; jne 2b
     jmp 1b
 """
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Updater:
@@ -69,17 +62,17 @@ class Updater:
     def replace(self, page: int) -> None:
         """A prepared page takes the place of the old one in one step."""
         self.latest[page] += 1
-        fresh = _libc.mmap(None, PAGE, RW, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        fresh = libc.mmap(0, PAGE, RW, libc.MAP_PRIVATE | libc.MAP_ANONYMOUS)
         ctypes.c_uint32.from_address(fresh).value = self.latest[page]
         at = self.memory[self.current].address + page * PAGE
-        assert _libc.mremap(fresh, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at) == at
+        assert libc.mremap(fresh, PAGE, PAGE, libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED, at) == at
         self.published[page] = self.latest[page]
 
     def protect(self, page: int) -> None:
         """Nobody may access it, for a moment; then it holds something newer."""
         at = self.memory[self.current].address + page * PAGE
-        _libc.mprotect(at, PAGE, NONE)
-        _libc.mprotect(at, PAGE, RW)
+        libc.mprotect(at, PAGE, NONE)
+        libc.mprotect(at, PAGE, RW)
         self.store(page)
 
     def move(self, page: int) -> None:

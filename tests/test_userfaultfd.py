@@ -7,16 +7,14 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
 
 import pytest
 
-import anykvm
 from anykvm import Hlt, Intr, Io, abi
-from anykvm.api import libc
 from anykvm.conformance import uffd
 from anykvm.conformance.host import anonymous
 from anykvm.conformance.uffd import ANSWER, Userfaultfd
+from anykvm.host import libc
 from machine import CODE, DATA, Machine
 
 PAGE = 4096
@@ -37,22 +35,6 @@ def available() -> str | None:
 
 WHY_NOT = available()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"NOT TESTED: {WHY_NOT}")
-
-
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    with anykvm.open("soft") as kvm, Machine(kvm) as made:
-        yield made
-
-
-@pytest.fixture
-def alarms() -> Iterator[list[int]]:
-    """SIGALRM's handler counts; no timer is left behind."""
-    seen: list[int] = []
-    old = signal.signal(signal.SIGALRM, lambda number, frame: seen.append(number))
-    yield seen
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, old)
 
 
 def watched(machine: Machine, pages: int = 4, mode: int = uffd.MODE_MISSING, features: int = 0) -> Userfaultfd:

@@ -6,11 +6,14 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from anykvm.backends import Backend, soft_backend
+from anykvm.conformance import by_scenario, load, read_records
+from anykvm.conformance.golden_file import Record
 from conftest import probe
 
 SRC = Path(__file__).parent.parent / "src"
@@ -44,6 +47,16 @@ def anykvm(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedP
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=60, env=environment(), cwd=cwd, check=False
     )
+
+
+def record_on_soft(profile: str, names: Iterable[str], seconds: float, folder: Path) -> dict[str, list[Record]]:
+    """Run scenarios that do not change the machine in a process of their own, as a user would: `seconds` for each."""
+    require_soft()
+    output = folder / "soft.jsonl"
+    command = [sys.executable, "-m", "anykvm.conformance.record", "--backend", "soft", "--profile", profile]
+    command += ["--timeout", str(seconds), "--output", str(output)]
+    subprocess.run([*command, *(name for name in names if not load()[name].intrusive)], check=True, timeout=110)
+    return by_scenario(read_records(output))
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:

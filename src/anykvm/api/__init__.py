@@ -30,7 +30,7 @@ from anykvm.api.exits_more import X86Rdmsr as X86Rdmsr
 from anykvm.api.exits_more import X86Wrmsr as X86Wrmsr
 from anykvm.api.kvm import Kvm as Kvm
 from anykvm.api.kvm import open as open
-from anykvm.api.memory import PAGE_SIZE as PAGE_SIZE
 from anykvm.api.memory import GuestMemory as GuestMemory
 from anykvm.api.vcpu import Vcpu as Vcpu
 from anykvm.api.vm import Vm as Vm
+from anykvm.host.ranges import PAGE_SIZE as PAGE_SIZE

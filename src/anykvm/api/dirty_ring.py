@@ -6,8 +6,8 @@ import struct
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from anykvm.abi import constants as c
-from anykvm.api.memory import PAGE_SIZE
 from anykvm.api.pages import map_pages
+from anykvm.host.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
     from anykvm.api.vcpu import Vcpu

@@ -71,18 +71,45 @@ class Answerable(Exit):
         return vcpu._page
 
 
-def _encode(value: int | bytes, length: int, what: str) -> bytes:
-    """Turn an answer into ``length`` bytes, little-endian; ValueError if it does not fit."""
-    if isinstance(value, int):
-        if not 0 <= value < 1 << 8 * length:
-            raise ValueError(f"{value:#x} does not fit the {length} bytes of {what}")
-        return value.to_bytes(length, "little")
-    if len(value) != length:
-        raise ValueError(f"{len(value)} bytes given to {what}, which takes {length}")
-    return bytes(value)
+class _Access(Answerable):
+    """Base of the accesses that carry bytes: the guest wrote them, or waits for them."""
+
+    __slots__ = ("_data",)
+    _data: bytes
+
+    @property
+    def data(self) -> bytes:
+        """The bytes the guest wrote, or the answer to its read."""
+        return self._data
+
+    @data.setter
+    def data(self, value: bytes) -> None:
+        self.respond(value)
+
+    def _asked(self) -> tuple[int, int, str, int]:
+        """Say where in the vCPU's pages the answer goes, its length, and what asks; ValueError where nothing does."""
+        raise NotImplementedError
+
+    def respond(self, value: int | bytes) -> None:
+        """Answer a read: all of its bytes, or their value as a little-endian integer.
+
+        Raises StaleExit when the vCPU has been run again or closed; ValueError for a write or a wrong length.
+        """
+        page = self._page()
+        at, length, what, where = self._asked()
+        if isinstance(value, int):
+            if not 0 <= value < 1 << 8 * length:
+                raise ValueError(f"{value:#x} does not fit the {length} bytes of {what} {where:#x}")
+            data = value.to_bytes(length, "little")
+        elif len(value) != length:
+            raise ValueError(f"{len(value)} bytes given to {what} {where:#x}, which takes {length}")
+        else:
+            data = bytes(value)
+        page[at : at + length] = data
+        self._data = data
 
 
-class Io(Answerable):
+class Io(_Access):
     """KVM_EXIT_IO: port input (``Io.IN``) or output (``Io.OUT``), ``count`` items of ``size`` bytes.
 
     ``data`` holds the bytes the guest wrote; for input it is empty until it is set, which answers as ``respond`` does.
@@ -95,7 +122,7 @@ class Io(Answerable):
 
     IN: Final = c.KVM_EXIT_IO_IN
     OUT: Final = c.KVM_EXIT_IO_OUT
-    __slots__ = ("_data", "_offset", "count", "direction", "port", "size")
+    __slots__ = ("_offset", "count", "direction", "port", "size")
     __match_args__ = ("direction", "port", "size", "count", "data")
     exit_reason = c.KVM_EXIT_IO
 
@@ -111,29 +138,13 @@ class Io(Answerable):
         self._vcpu = None
         self._serial = 0
 
-    @property
-    def data(self) -> bytes:
-        """The bytes the guest wrote, or the answer to its input."""
-        return self._data
-
-    @data.setter
-    def data(self, value: bytes) -> None:
-        self.respond(value)
-
-    def respond(self, value: int | bytes) -> None:
-        """Answer an input: ``size * count`` bytes, or their value as a little-endian integer.
-
-        Raises StaleExit when the vCPU has been run again or closed; ValueError for an output or a wrong length.
-        """
-        page = self._page()
+    def _asked(self) -> tuple[int, int, str, int]:
         if self.direction != Io.IN:
             raise ValueError(f"output to port {self.port:#x} takes no answer")
-        data = _encode(value, self.size * self.count, f"the input from port {self.port:#x}")
-        page[self._offset : self._offset + len(data)] = data
-        self._data = data
+        return self._offset, self.size * self.count, "the input from port", self.port
 
 
-class Mmio(Answerable):
+class Mmio(_Access):
     """KVM_EXIT_MMIO: access of ``len`` bytes to a guest-physical address with no memory behind it.
 
     ``data`` holds the bytes written; for a read it is empty until it is set, which answers as ``respond`` does.
@@ -142,7 +153,7 @@ class Mmio(Answerable):
     Mmio(phys_addr=0xfee00000, data=b'\\x01\\x00\\x00\\x00', len=4, is_write=True)
     """
 
-    __slots__ = ("_data", "is_write", "len", "phys_addr")
+    __slots__ = ("is_write", "len", "phys_addr")
     __match_args__ = ("phys_addr", "data", "len", "is_write")
     exit_reason = c.KVM_EXIT_MMIO
     DATA: Final = 40
@@ -159,26 +170,10 @@ class Mmio(Answerable):
         self._vcpu = vcpu
         self._serial = serial
 
-    @property
-    def data(self) -> bytes:
-        """The bytes the guest wrote, or the answer to its read."""
-        return self._data
-
-    @data.setter
-    def data(self, value: bytes) -> None:
-        self.respond(value)
-
-    def respond(self, value: int | bytes) -> None:
-        """Answer a read: ``len`` bytes, or their value as a little-endian integer.
-
-        Raises StaleExit when the vCPU has been run again or closed; ValueError for a write or a wrong length.
-        """
-        page = self._page()
+    def _asked(self) -> tuple[int, int, str, int]:
         if self.is_write:
             raise ValueError(f"write to {self.phys_addr:#x} takes no answer")
-        data = _encode(value, self.len, f"the read of {self.phys_addr:#x}")
-        page[self.DATA : self.DATA + len(data)] = data
-        self._data = data
+        return self.DATA, self.len, "the read of", self.phys_addr
 
 
 class MemoryFault(Exit):

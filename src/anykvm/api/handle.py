@@ -8,10 +8,10 @@ import errno as _errno
 import os
 import warnings
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from anykvm.abi.names import ioctl_name
+from anykvm.host.closing import Closing
 
 if TYPE_CHECKING:
     from anykvm.backends.base import Backend
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     Argument: TypeAlias = int | ctypes.Structure | ctypes.Union | ctypes.Array[ctypes.c_uint8]
 
 _S = TypeVar("_S", bound=ctypes.Structure)
-_H = TypeVar("_H", bound="Handle")
 
 _DETAILS = {
     _errno.EIO: "the VM belongs to another process (KVM objects do not survive fork), or is dead",
@@ -50,7 +49,7 @@ def _number(value: int) -> str:
     return str(value) if -4096 < value < 4096 else hex(value)
 
 
-class Handle:
+class Handle(Closing):
     """A descriptor of a backend. Base of ``Kvm``, ``Vm`` and ``Vcpu``; not made directly.
 
     Each method that is named as an ioctl does that one ioctl; Documentation/virt/kvm/api.rst describes it under the
@@ -136,16 +135,6 @@ class Handle:
 
     def _release(self) -> None:
         """Let go of what belongs to the descriptor, before it is closed."""
-
-    def __enter__(self: _H) -> _H:
-        """Give the object itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()
 
     def __repr__(self) -> str:
         """Show the backend and descriptor."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import ctypes
 import errno as _errno
 import weakref
-from types import TracebackType
 from typing import Any, Final
 
-from anykvm.api import libc
-from anykvm.api.libc import PROT_READ, PROT_WRITE
+from anykvm.host import libc
+from anykvm.host.closing import Closing
+from anykvm.host.libc import PROT_READ, PROT_WRITE
+from anykvm.host.ranges import PAGE_SIZE, check_bytes, check_pages, check_size
 
-PAGE_SIZE: Final = 4096
 READ_WRITE: Final = PROT_READ | PROT_WRITE
 
 
-class GuestMemory:
+class GuestMemory(Closing):
     """``size`` bytes of host memory: anonymous and shared, or a file's; to be put into a VM with ``Vm.map``.
 
     The bytes are read and written by slices, bounds checked. An access to a page that the host cannot serve (unmapped,
@@ -37,8 +37,7 @@ class GuestMemory:
         ``shared`` False gives a private mapping: writes do not reach the file. Raises ValueError for a size that is 0
         or not page aligned; OSError as mmap(2).
         """
-        if size <= 0 or size % PAGE_SIZE:
-            raise ValueError(f"size {size:#x} is not a positive multiple of the page size")
+        check_size(size)
         self._size = size
         self._shared = shared
         flags = _flags(shared, fd) | libc.MAP_NORESERVE
@@ -53,7 +52,7 @@ class GuestMemory:
     @property
     def address(self) -> int:
         """Host virtual address of the first byte; what ``userspace_addr`` wants. Raises ValueError when closed."""
-        self._check(0, 0)
+        self._check_open()
         return self._address
 
     @property
@@ -64,7 +63,7 @@ class GuestMemory:
     @property
     def view(self) -> memoryview:
         """All of it as a memoryview, fast and unchecked: touching a page that is not there kills the process."""
-        self._check(0, 0)
+        self._check_open()
         return memoryview(self._bytes).cast("B")  # type: ignore[arg-type]
 
     def read(self, offset: int, length: int) -> bytes:
@@ -169,11 +168,13 @@ class GuestMemory:
         """Unmap all of it, once no view of it is left. A guest that still has it in a slot faults. Idempotent."""
         self._bytes = None
 
-    def _check(self, offset: int, length: int) -> None:
+    def _check_open(self) -> None:
         if self._bytes is None:
             raise ValueError("this GuestMemory is closed")
-        if offset < 0 or length < 0 or offset + length > self._size:
-            raise IndexError(f"[{offset:#x}, {offset + length:#x}) is outside of {self._size:#x} bytes")
+
+    def _check(self, offset: int, length: int) -> None:
+        self._check_open()
+        check_bytes(offset, length, self._size)
 
     def _check_holes(self, offset: int, length: int, errno: int = _errno.EFAULT) -> None:
         # An unmapped range may hold someone else's memory by now: it is not ours to touch.
@@ -183,9 +184,8 @@ class GuestMemory:
                 raise OSError(errno, f"offset {page * PAGE_SIZE:#x} is unmapped")
 
     def _pages(self, offset: int, length: int) -> tuple[int, int]:
-        self._check(offset, length)
-        if offset % PAGE_SIZE or length % PAGE_SIZE or not length:
-            raise ValueError(f"[{offset:#x}, {offset + length:#x}) is not a range of whole pages")
+        self._check_open()
+        check_pages(offset, length, self._size, empty=False)
         return offset // PAGE_SIZE, (offset + length) // PAGE_SIZE
 
     def _range(self, key: slice) -> tuple[int, int]:
@@ -195,16 +195,6 @@ class GuestMemory:
         start = 0 if key.start is None else key.start
         stop = self._size if key.stop is None else key.stop
         return start, stop - start
-
-    def __enter__(self) -> GuestMemory:
-        """Give the object itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()
 
     def __repr__(self) -> str:
         """Show where it is."""

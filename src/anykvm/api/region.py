@@ -11,10 +11,10 @@ from collections.abc import Container
 from typing import Final
 
 from anykvm.abi import constants as c
+from anykvm.host.ranges import PAGE_SIZE
 
-_PAGE: Final = 4096
 _SLOTS: Final = 32764  # KVM_USER_MEM_SLOTS on x86: SHRT_MAX less three of KVM's own
-_TASK_SIZE: Final = (1 << 47) - _PAGE
+_TASK_SIZE: Final = (1 << 47) - PAGE_SIZE
 _MAX_PAGES: Final = (1 << 31) - 1
 _FLAGS: Final = c.KVM_MEM_LOG_DIRTY_PAGES | c.KVM_MEM_READONLY | c.KVM_MEM_GUEST_MEMFD
 
@@ -37,14 +37,14 @@ def why_region_refused(errno: int, region: dict[str, int], slots: Container[int]
         (slot & 0xFFFF >= _SLOTS, f"slot is not below {_SLOTS}"),
         (flags & ~_FLAGS, f"flags has unknown bits {flags & ~_FLAGS:#x}"),
         (flags & c.KVM_MEM_GUEST_MEMFD and flags != c.KVM_MEM_GUEST_MEMFD, "flags combines KVM_MEM_GUEST_MEMFD"),
-        (size % _PAGE, "memory_size is not page aligned"),
-        (start % _PAGE, "guest_phys_addr is not page aligned"),
-        (address % _PAGE, "userspace_addr is not page aligned"),
+        (size % PAGE_SIZE, "memory_size is not page aligned"),
+        (start % PAGE_SIZE, "guest_phys_addr is not page aligned"),
+        (address % PAGE_SIZE, "userspace_addr is not page aligned"),
         (address + size > _TASK_SIZE, "userspace_addr + memory_size is beyond the user address space"),
-        (region.get("guest_memfd_offset", 0) % _PAGE, "guest_memfd_offset is not page aligned"),
+        (region.get("guest_memfd_offset", 0) % PAGE_SIZE, "guest_memfd_offset is not page aligned"),
         (slot >> 16 > 1, "slot names an address space (its upper 16 bits) that does not exist"),
         (start + size > 1 << 64, "guest_phys_addr + memory_size wraps"),
-        (size // _PAGE > _MAX_PAGES, "memory_size is more than 2^31 - 1 pages"),
+        (size // PAGE_SIZE > _MAX_PAGES, "memory_size is more than 2^31 - 1 pages"),
         (size == 0 and slot not in slots, "memory_size 0 deletes a slot, and this slot does not exist"),
         (slot in slots and flags & c.KVM_MEM_GUEST_MEMFD, "a slot with guest_memfd can only be deleted"),
         (slot in slots, "the slot exists: only guest_phys_addr and KVM_MEM_LOG_DIRTY_PAGES can change"),

@@ -16,11 +16,11 @@ from anykvm.api.pages import map_pages
 from anykvm.api.vcpu_events import VcpuEvents
 from anykvm.api.vcpu_features import VcpuFeatures
 from anykvm.api.vcpu_state import VcpuState
+from anykvm.host.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
     from anykvm.api.vm import Vm
 
-_PAGE: Final = 4096
 _new: Final = object.__new__
 _BYTES: Final = tuple(bytes((value,)) for value in range(256))
 _EXIT_IO: Final = c.KVM_EXIT_IO
@@ -142,7 +142,7 @@ class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
 
     def _release(self) -> None:
         self._serial += 1  # exits that were not answered cannot be any more
-        self._page = memoryview(bytearray(_PAGE))
+        self._page = memoryview(bytearray(PAGE_SIZE))
         self._pages = None  # unmaps, unless the caller still holds a view
 
 

@@ -9,11 +9,11 @@ from typing import NamedTuple, Protocol
 from anykvm.abi import ioctls as n
 from anykvm.abi import structures as s
 from anykvm.abi.constants import KVM_CAP_DIRTY_LOG_RING
-from anykvm.api import libc
 from anykvm.api.enable import enable_cap
 from anykvm.api.handle import Handle
-from anykvm.api.memory import PAGE_SIZE
 from anykvm.api.region import why_region_refused
+from anykvm.host import libc
+from anykvm.host.ranges import PAGE_SIZE
 
 
 class HostMemory(Protocol):

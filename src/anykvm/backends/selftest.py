@@ -8,9 +8,9 @@ from typing import Final
 
 from anykvm import abi
 from anykvm.backends.base import Backend
+from anykvm.host.ranges import PAGE_SIZE
 
 _CODE: Final = bytes.fromhex("b05ae6f1f4")  # mov al,0x5a; out 0xf1,al; hlt
-_PAGE: Final = 4096
 
 
 def self_test(backend: Backend) -> str | None:
@@ -19,7 +19,7 @@ def self_test(backend: Backend) -> str | None:
     Never raises OSError: an errno of any step is the answer.
     """
     opened: list[int] = []
-    page = mmap.mmap(-1, _PAGE)
+    page = mmap.mmap(-1, PAGE_SIZE)
     page[: len(_CODE)] = _CODE
     base = ctypes.c_uint8.from_buffer(page)
     try:
@@ -40,7 +40,7 @@ def _run(backend: Backend, memory: int, opened: list[int]) -> str | None:
         return f"KVM_GET_API_VERSION is {version}, not {abi.KVM_API_VERSION}"
     length = backend.ioctl(system, abi.KVM_GET_VCPU_MMAP_SIZE)
     opened.append(vm := backend.ioctl(system, abi.KVM_CREATE_VM))
-    region = abi.kvm_userspace_memory_region(memory_size=_PAGE, userspace_addr=memory)
+    region = abi.kvm_userspace_memory_region(memory_size=PAGE_SIZE, userspace_addr=memory)
     backend.ioctl(vm, abi.KVM_SET_USER_MEMORY_REGION, ctypes.addressof(region))
     opened.append(vcpu := backend.ioctl(vm, abi.KVM_CREATE_VCPU))
     address = backend.mmap(vcpu, length, 0)

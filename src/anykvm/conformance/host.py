@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from typing import Final
 
-from anykvm.api import libc
-from anykvm.api.libc import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE
+from anykvm.host import libc
+from anykvm.host.libc import MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE, PROT_READ, PROT_WRITE
 
 PAGE: Final = 4096
 PROT_EXEC: Final = 4
 READ_WRITE: Final = PROT_READ | PROT_WRITE
 _MADV_NOHUGEPAGE: Final = 15
-_MREMAP_MAYMOVE_FIXED: Final = 3
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
-_libc.mremap.restype = ctypes.c_void_p
 
 
 class Host:
@@ -84,9 +78,8 @@ class Host:
     def move_away(self, offset: int, length: int) -> None:
         """mremap the range to another address: no mapping is left there."""
         target = anonymous(length)
-        moved = _libc.mremap(self.address + offset, length, length, _MREMAP_MAYMOVE_FIXED, target.address)
-        if moved != target.address:
-            raise OSError(ctypes.get_errno(), "mremap")
+        how = libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED
+        libc.mremap(self.address + offset, length, length, how, target.address)
 
     def _length(self, length: int | None) -> int:
         return self.size if length is None else length

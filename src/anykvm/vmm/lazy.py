@@ -6,7 +6,8 @@ import contextlib
 import errno as _errno
 from typing import Final
 
-from anykvm.api import PAGE_SIZE, GuestMemory, libc
+from anykvm.api import PAGE_SIZE, GuestMemory
+from anykvm.host import libc
 
 MADV_GUARD_INSTALL: Final = 102
 MADV_GUARD_REMOVE: Final = 103

@@ -11,7 +11,7 @@ from struct import pack
 from typing import Final
 
 from anykvm.abi.structures import kvm_regs, kvm_segment, kvm_sregs
-from anykvm.api import GuestMemory, Vcpu
+from anykvm.api import PAGE_SIZE, GuestMemory, Vcpu
 
 GDT: Final = 0x1000
 """gpa of the descriptor table that the protected and long modes use."""
@@ -24,7 +24,6 @@ DATA: Final = 0x10
 
 _LARGE: Final = 2 << 20  # what a page directory entry maps
 _GIB: Final = 1 << 30
-_PAGE: Final = 4096
 _PRESENT_WRITABLE: Final = 0x3
 _LARGE_PAGE: Final = 0x80
 _CR0_PE, _CR0_MP, _CR0_ET, _CR0_NE, _CR0_PG = 1 << 0, 1 << 1, 1 << 4, 1 << 5, 1 << 31
@@ -61,7 +60,7 @@ def protected_mode(vcpu: Vcpu, memory: GuestMemory, entry: int, stack: int) -> i
     sregs.cr4 |= _CR4_OSFXSR | _CR4_OSXMMEXCPT
     vcpu.set_sregs(sregs)
     vcpu.set_regs(kvm_regs(rip=entry, rsp=stack, rflags=2))
-    return GDT + _PAGE
+    return GDT + PAGE_SIZE
 
 
 def long_mode(
@@ -92,7 +91,7 @@ def tables_end(ranges: Iterable[tuple[int, int]]) -> int:
     >>> hex(tables_end([(0, 1 << 20), (4 << 30, 1 << 30)]))  # PML4, PDPT, and two directories
     '0x6000'
     """
-    return TABLES + (2 + len(_gibs(ranges))) * _PAGE
+    return TABLES + (2 + len(_gibs(ranges))) * PAGE_SIZE
 
 
 def _gibs(ranges: Iterable[tuple[int, int]]) -> list[int]:
@@ -105,15 +104,15 @@ def _gibs(ranges: Iterable[tuple[int, int]]) -> list[int]:
 
 
 def _identity_map(memory: GuestMemory, ranges: Iterable[tuple[int, int]]) -> int:
-    upper, directory = TABLES + _PAGE, TABLES + 2 * _PAGE
-    pointers = bytearray(_PAGE)
+    upper, directory = TABLES + PAGE_SIZE, TABLES + 2 * PAGE_SIZE
+    pointers = bytearray(PAGE_SIZE)
     for gib in _gibs(ranges):
         pointers[gib * 8 : gib * 8 + 8] = pack("<Q", directory | _PRESENT_WRITABLE)
         flags = _PRESENT_WRITABLE | _LARGE_PAGE
         memory.write(directory, pack("<512Q", *(gib * _GIB + index * _LARGE | flags for index in range(512))))
-        directory += _PAGE
+        directory += PAGE_SIZE
     memory.write(upper, pointers)
-    memory.write(TABLES, pack("<Q", upper | _PRESENT_WRITABLE).ljust(_PAGE, b"\0"))
+    memory.write(TABLES, pack("<Q", upper | _PRESENT_WRITABLE).ljust(PAGE_SIZE, b"\0"))
     return directory
 
 

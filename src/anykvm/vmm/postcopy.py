@@ -28,6 +28,7 @@ from time import perf_counter_ns
 from typing import Final, Literal
 
 from anykvm.api import PAGE_SIZE, GuestMemory, Hlt, Intr, Io, Kvm, MemoryFault, Mmio, Vcpu, Vm
+from anykvm.host.closing import Closing
 from anykvm.vmm.guests import guest
 from anykvm.vmm.interrupts import raise_pending, watched
 from anykvm.vmm.lazy import LazyMemory
@@ -110,7 +111,7 @@ class Result:
         return ordered[min(int(len(ordered) * quantile), len(ordered) - 1)] / 1e3 if ordered else None
 
 
-class Source:
+class Source(Closing):
     """The file, open. A context manager."""
 
     def __init__(self, path: str) -> None:
@@ -153,14 +154,6 @@ class Source:
     def close(self) -> None:
         """Close it."""
         os.close(self.fd)
-
-    def __enter__(self) -> Source:
-        """Give the object itself."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close it."""
-        self.close()
 
 
 def visiting_order(pages: int, order: Order, seed: int) -> array[int]:

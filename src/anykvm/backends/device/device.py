@@ -7,27 +7,12 @@ import os
 from typing import Final
 
 from anykvm.abi.names import ioctl_error
-
-_PROT_READ_WRITE: Final = 3
-_MAP_SHARED: Final = 1
-_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+from anykvm.host import libc
 
 # fcntl.ioctl() takes no address; ctypes does, releases the GIL around the call, and keeps errno apart from Python's.
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_ioctl: Final = _libc.ioctl
+_ioctl: Final = ctypes.CDLL(None, use_errno=True).ioctl
 _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong)
 _ioctl.restype = ctypes.c_int
-_mmap: Final = _libc.mmap
-_mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
-_mmap.restype = ctypes.c_void_p
-_munmap: Final = _libc.munmap
-_munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_munmap.restype = ctypes.c_int
-
-
-def _error(what: str) -> OSError:
-    errno = ctypes.get_errno()
-    return OSError(errno, f"{what}: {os.strerror(errno)}")
 
 
 class DeviceBackend:
@@ -65,15 +50,11 @@ class DeviceBackend:
 
     def mmap(self, fd: int, length: int, offset: int) -> int:
         """Map pages of a descriptor; see ``Backend.mmap``."""
-        address: int | None = _mmap(None, length, _PROT_READ_WRITE, _MAP_SHARED, fd, offset)
-        if address is None or address == _MAP_FAILED:
-            raise _error(f"mmap(fd={fd}, length={length:#x}, offset={offset:#x})")
-        return address
+        return libc.map_shared(fd, length, offset)
 
     def munmap(self, address: int, length: int) -> None:
         """Unmap; see ``Backend.munmap``."""
-        if _munmap(address, length) < 0:
-            raise _error(f"munmap({address:#x}, {length:#x})")
+        libc.munmap(address, length)
 
     def close(self, fd: int) -> None:
         """Close; see ``Backend.close``."""

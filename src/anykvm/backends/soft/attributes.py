@@ -13,11 +13,11 @@ from anykvm.abi.structures import kvm_enable_cap, kvm_memory_attributes
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.usercopy import copy_from_user
+from anykvm.host.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
     from anykvm.backends.soft.vm import Vm
 
-PAGE_SIZE: Final = 4096
 _U64: Final = (1 << 64) - 1
 KVM_HC_MAP_GPA_RANGE: Final = 12
 """include/uapi/linux/kvm_para.h: the hypercall by which a guest asks for a conversion."""

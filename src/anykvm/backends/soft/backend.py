@@ -13,15 +13,15 @@ from anykvm.backends.soft import profiles
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES
-from anykvm.backends.soft.pages import unmap
 from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.run import kvm_run
 from anykvm.backends.soft.system import open_system
 from anykvm.backends.soft.vcpu import VcpuFile
+from anykvm.host.libc import munmap
+from anykvm.host.ranges import PAGE_SIZE
 
 _U32: Final = 0xFFFFFFFF
 _U64: Final = 0xFFFFFFFFFFFFFFFF
-_PAGE_SIZE: Final = 4096
 _KVM_RUN: Final = KVM_RUN
 _running: Final = FILES.running
 
@@ -98,14 +98,14 @@ class SoftBackend:
             raise OSError(code, f"{what}: {refused.detail}") from None
         if not size:
             raise OSError(errno.ENODEV, f"{what}: only a vCPU, and a guest_memfd made for it, can be mapped")
-        pages = -(-length // _PAGE_SIZE) * _PAGE_SIZE
-        if length <= 0 or offset < 0 or offset % _PAGE_SIZE or offset + pages > size:
+        pages = -(-length // PAGE_SIZE) * PAGE_SIZE
+        if length <= 0 or offset < 0 or offset % PAGE_SIZE or offset + pages > size:
             raise OSError(errno.EINVAL, f"{what}: it has {size:#x} bytes")
         return file.map(fd, length, offset)
 
     def munmap(self, address: int, length: int) -> None:
         """Unmap; see ``Backend.munmap``."""
-        unmap(address, length)
+        munmap(address, length)
 
     def close(self, fd: int) -> None:
         """Close; see ``Backend.close``."""

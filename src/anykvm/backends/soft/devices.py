@@ -14,7 +14,8 @@ import weakref
 from collections import deque
 from typing import Final
 
-from anykvm.backends.soft.host_memory import PAGE_SIZE, DeviceMapping
+from anykvm.backends.soft.host_memory import DeviceMapping
+from anykvm.host.ranges import PAGE_SIZE
 
 _ZEROS: Final = bytes(PAGE_SIZE)
 

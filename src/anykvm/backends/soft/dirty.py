@@ -23,12 +23,12 @@ from anykvm.backends.soft.capabilities import (
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.usercopy import copy_from_user
+from anykvm.host.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
     from anykvm.backends.soft.memslots import Memslot
     from anykvm.backends.soft.vm import Vm
 
-PAGE_SIZE: Final = 4096
 PAGES_PER_WORD: Final = 64
 """A bitmap is made of 64-bit words; KVM_CLEAR_DIRTY_LOG's ranges too, except at the end of the slot."""
 ENTRY_SIZE: Final = ctypes.sizeof(kvm_dirty_gfn)

@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from anykvm.backends.soft.errors import Refused
-from anykvm.backends.soft.pages import map_shared
+from anykvm.host.libc import map_shared
 
 if TYPE_CHECKING:
     from anykvm.backends.soft.vcpu import VcpuFile

@@ -28,11 +28,11 @@ from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.usercopy import copy_from_user
+from anykvm.host.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
     from anykvm.backends.soft.vm import Vm
 
-PAGE_SIZE: Final = 4096
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MAX_LFS_FILESIZE: Final = (1 << 63) - 1
 _serials: Final = itertools.count(1)

@@ -12,13 +12,14 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any, Final, TypeAlias
 
-from anykvm.api import libc
 from anykvm.backends.soft.engine.library import DEVICE_FAULT, library
+from anykvm.host import libc
+from anykvm.host.closing import Closing
+from anykvm.host.ranges import PAGE_SIZE, check_bytes, check_pages, check_size
 
-PAGE_SIZE: Final = 4096
 _ACCESS_WRITE: Final = 1
 _PRESENT: Final = 0  # enum ak_device_answer
 _FAILED: Final = 1
@@ -29,7 +30,7 @@ FaultHandler: TypeAlias = "Callable[[DeviceMapping, int, bool], None]"
 """Called with the mapping, the page's offset, and whether the access is a write: ``vm_operations_struct.fault``."""
 
 
-class DeviceMapping:
+class DeviceMapping(Closing):
     """``size`` bytes of host address space that belong to a device: VM_IO and VM_PFNMAP, empty until touched.
 
     A guest's access to a page that is not present calls ``fault``, which puts a page there with ``insert``, or raises
@@ -66,8 +67,7 @@ class DeviceMapping:
         ``released`` is called once, when the mapping is closed or dropped. Raises ValueError for a size that is 0 or
         not page aligned; OSError as mmap(2), ENOMEM.
         """
-        if size <= 0 or size % PAGE_SIZE:
-            raise ValueError(f"size {size:#x} is not a positive multiple of the page size")
+        check_size(size)
         _install()
         self._size = size
         self._fault = fault
@@ -105,7 +105,7 @@ class DeviceMapping:
         Raises IndexError, ValueError for an offset that is no page of the mapping; OSError as mmap(2), and ENXIO when
         the mapping is closed.
         """
-        self._check(offset, PAGE_SIZE)
+        check_pages(offset, PAGE_SIZE, self._size)
         allowed = writable and self._writable
         prot = libc.PROT_READ | (libc.PROT_WRITE if allowed else 0)
         with self._lock:
@@ -120,7 +120,7 @@ class DeviceMapping:
         Raises IndexError, ValueError for a range that is not of the mapping's pages.
         """
         length = self._size - offset if length is None else length
-        self._check(offset, length)
+        check_pages(offset, length, self._size)
         with self._lock:
             if self.closed:
                 return
@@ -149,8 +149,7 @@ class DeviceMapping:
             self._pages.clear()
 
     def _touch(self, offset: int, length: int, access: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self._size:
-            raise IndexError(f"[{offset:#x}, {offset + length:#x}) is outside of {self._size:#x} bytes")
+        check_bytes(offset, length, self._size)
         for page in range(offset // PAGE_SIZE * PAGE_SIZE, offset + length, PAGE_SIZE):
             if self.resolve(page, access) == _FAILED:
                 raise OSError(errno.EFAULT, f"the device's fault handler failed at offset {page:#x}")
@@ -172,22 +171,6 @@ class DeviceMapping:
         if allowed is None:
             return _FAILED  # the handler said nothing and did nothing
         return _READ_ONLY if write and not allowed else _PRESENT
-
-    def _check(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self._size:
-            raise IndexError(f"[{offset:#x}, {offset + length:#x}) is outside of {self._size:#x} bytes")
-        if offset % PAGE_SIZE or length % PAGE_SIZE:
-            raise ValueError(f"[{offset:#x}, {offset + length:#x}) is not a range of whole pages")
-
-    def __enter__(self) -> DeviceMapping:
-        """Give the object itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close."""
-        self.close()
 
     def __repr__(self) -> str:
         """Show where it is and how much of it is present."""

@@ -15,8 +15,8 @@ from anykvm.backends.soft.engine.library import AkSlot, library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.gmem_binding import Binding, Bindings
 from anykvm.backends.soft.ordered import SortedNumbers
+from anykvm.host.ranges import PAGE_SIZE
 
-PAGE_SIZE: Final = 4096
 PAGE_SHIFT: Final = 12
 TASK_SIZE_MAX: Final = (1 << 47) - PAGE_SIZE
 """End of user addresses; access_ok() of a host with 4-level page tables."""

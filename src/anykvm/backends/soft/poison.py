@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Final, Protocol
+from typing import Protocol
 
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.vm import VmFile
-
-PAGE_SIZE: Final = 4096
+from anykvm.host.ranges import PAGE_SIZE, check_pages
 
 
 class _Descriptor(Protocol):
@@ -51,10 +50,7 @@ def _poison(vm: _Descriptor, memory: _Mapped, offset: int, length: int, poisoned
         file = None
     if not isinstance(file, VmFile):
         raise ValueError("not a VM of the soft backend")
-    if offset < 0 or length < 0 or offset + length > memory.size:
-        raise IndexError(f"[{offset:#x}, {offset + length:#x}) is outside of {memory.size:#x} bytes")
-    if offset % PAGE_SIZE or length % PAGE_SIZE:
-        raise ValueError(f"[{offset:#x}, {offset + length:#x}) is not a range of whole pages")
+    check_pages(offset, length, memory.size)
     for page in range(offset, offset + length, PAGE_SIZE):
         if result := library().ak_poison(file.vm.address, memory.address + page, poisoned):
             raise OSError(-result, f"poison of offset {page:#x}: {os.strerror(-result)}")

@@ -10,11 +10,11 @@ from anykvm.abi.structures import kvm_pre_fault_memory
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.usercopy import copy_from_user, copy_to_user
+from anykvm.host.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
     from anykvm.backends.soft.vcpu import VcpuFile
 
-PAGE_SIZE: Final = 4096
 _U64: Final = (1 << 64) - 1
 
 

@@ -10,9 +10,9 @@ from anykvm.backends.soft.dirty import ENTRY_SIZE, RING_OFFSET
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
-from anykvm.backends.soft.pages import map_shared, unmap
 from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.vcpu_state import HANDLERS, MAX_IO_MSRS
+from anykvm.host.libc import map_shared, munmap
 
 if TYPE_CHECKING:
     from anykvm.backends.soft.vm import Vm
@@ -37,9 +37,9 @@ class Vcpu:
     def destroy(self) -> None:
         """Free it; nothing may use it any more."""
         library().ak_vcpu_destroy(self.address)
-        unmap(self.pages, VCPU_MMAP_SIZE)
+        munmap(self.pages, VCPU_MMAP_SIZE)
         if self.ring_size:
-            unmap(self.ring, self.ring_size)
+            munmap(self.ring, self.ring_size)
 
 
 class VcpuFile(int, File):
@@ -96,9 +96,9 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
             raise Refused(errno.ENOMEM, "no memory for a vCPU")
     except BaseException:
         if pages:
-            unmap(pages, VCPU_MMAP_SIZE)
+            munmap(pages, VCPU_MMAP_SIZE)
         if ring:
-            unmap(ring, ring_size)
+            munmap(ring, ring_size)
         os.close(fd)
         raise
     library().ak_vcpu_configure(address, profile.annotate_unresolved, profile.init_after_shutdown, bsp)

@@ -19,10 +19,11 @@ from anykvm.backends.soft.engine.library import install_handlers, library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.guest_memfd import create_guest_memfd
-from anykvm.backends.soft.memslots import PAGE_SIZE, Memslots, Region
+from anykvm.backends.soft.memslots import Memslots, Region
 from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.usercopy import copy_from_user
 from anykvm.backends.soft.vcpu import Vcpu, VcpuFile, create_vcpu
+from anykvm.host.ranges import PAGE_SIZE
 
 TSC_KHZ: Final = 1_000_000
 """Guests' TSC frequency unless KVM_SET_TSC_KHZ says otherwise: 1 GHz, one tick a nanosecond."""

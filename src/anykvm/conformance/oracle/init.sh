@@ -26,21 +26,21 @@ share control /control rw
 share host /lower ro,cache=loose
 mount -t tmpfs tmpfs /over
 mkdir /over/upper /over/work
-mount -t overlay -o lowerdir=/lower,upperdir=/over/upper,workdir=/over/work overlay /root || give_up "no overlay"
-mount -t proc proc /root/proc
-mount -t sysfs sysfs /root/sys
-mount -o bind /dev /root/dev
+mount -t overlay -o lowerdir=/lower,upperdir=/over/upper,workdir=/over/work overlay /newroot || give_up "no overlay"
+mount -t proc proc /newroot/proc
+mount -t sysfs sysfs /newroot/sys
+mount -o bind /dev /newroot/dev
 ln -sf /proc/self/fd /dev/fd
 mkdir -p /dev/shm /dev/pts
-mount -t tmpfs tmpfs /root/dev/shm
-mount -t devpts devpts /root/dev/pts
-[ -f /control/output ] && share output "/root$(cat /control/output)" rw
+mount -t tmpfs tmpfs /newroot/dev/shm
+mount -t devpts devpts /newroot/dev/pts
+[ -f /control/output ] && share output "/newroot$(cat /control/output)" rw
 ip link set lo up
 [ -c /dev/kvm ] || give_up "this kernel has no KVM: there is no /dev/kvm"
 [ "$(cat /sys/module/kvm_amd/parameters/npt 2>/dev/null)" = Y ] || give_up "kvm_amd runs without nested paging"
 
 uname -r >/control/kernel
-chroot /root /bin/sh -c "$(cat /control/command)" </dev/null >/control/stdout 2>/control/stderr
+chroot /newroot /bin/sh -c "$(cat /control/command)" </dev/null >/control/stdout 2>/control/stderr
 echo $? >/control/status
 sync
 poweroff -f

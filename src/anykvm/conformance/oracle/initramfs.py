@@ -18,7 +18,7 @@ from anykvm.conformance.oracle.errors import OracleError
 
 MODULES: Final = ("virtio_pci", "9pnet_virtio", "9p", "overlay", "kvm_amd")
 """What the machine needs and Debian's kernels have as modules; what a kernel has not as a module is built in."""
-_FOLDERS: Final = ("bin", "control", "dev", "lower", "modules", "over", "proc", "root", "sys")
+_FOLDERS: Final = ("bin", "control", "dev", "lower", "modules", "newroot", "over", "proc", "sys")
 
 
 class Entry(NamedTuple):

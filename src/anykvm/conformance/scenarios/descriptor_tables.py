@@ -6,13 +6,13 @@ import ctypes
 
 from anykvm.abi.ioctls import KVM_INTERRUPT
 from anykvm.abi.structures import kvm_interrupt, kvm_sregs
-from anykvm.api.libc import PROT_NONE
 from anykvm.conformance import guest_code as code
 from anykvm.conformance.host import PAGE, READ_WRITE, Host, anonymous
 from anykvm.conformance.layout import GDT, IDT, TEST
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.outcome import attempt
 from anykvm.conformance.scenario import Lab, scenario
+from anykvm.host.libc import PROT_NONE
 
 AREA = "descriptor_tables"
 _INTERRUPT_FLAG = 0x200

@@ -9,13 +9,13 @@ import glob
 import os
 from pathlib import Path
 
-from anykvm.api.libc import PROT_READ
 from anykvm.conformance import guest_code as code
 from anykvm.conformance.host import PAGE, file_mapping
 from anykvm.conformance.layout import TEST
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.outcome import Outcome
 from anykvm.conformance.scenario import Lab, scenario
+from anykvm.host.libc import PROT_READ
 
 AREA = "device_memory"
 _BIOS = 0xF0000

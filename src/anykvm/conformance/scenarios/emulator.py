@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from anykvm.abi.constants import KVM_MEM_READONLY
-from anykvm.api.libc import PROT_NONE
 from anykvm.conformance import guest_code as code
 from anykvm.conformance.host import PAGE, READ_WRITE, Host, anonymous, file_mapping, memfd
 from anykvm.conformance.layout import CODE, TEST
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.scenario import Lab, scenario
+from anykvm.host.libc import PROT_NONE
 
 AREA = "emulator"
 MMIO = TEST + 0x1000000

@@ -9,7 +9,6 @@ import signal
 from anykvm.abi import constants as c
 from anykvm.abi.ioctls import KVM_PRE_FAULT_MEMORY
 from anykvm.abi.structures import kvm_pre_fault_memory
-from anykvm.api.libc import PROT_NONE
 from anykvm.conformance import guest_code as code
 from anykvm.conformance import sigbus
 from anykvm.conformance.host import PAGE, READ_WRITE, Host, fallocate, file_mapping
@@ -19,6 +18,7 @@ from anykvm.conformance.observe import POISON_REASON
 from anykvm.conformance.outcome import Outcome, attempt
 from anykvm.conformance.scenario import Lab, scenario
 from anykvm.conformance.scenarios.guest_memfd import PUNCH
+from anykvm.host.libc import PROT_NONE
 
 AREA = "guest_memfd_mapped"
 SIZE = 8 * PAGE

@@ -6,13 +6,13 @@ import contextlib
 import mmap
 from pathlib import Path
 
-from anykvm.api import libc
-from anykvm.api.libc import MADV_DONTNEED, MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE
 from anykvm.conformance import guest_code as code
 from anykvm.conformance.host import READ_WRITE, Host
 from anykvm.conformance.layout import TEST
 from anykvm.conformance.outcome import Outcome
 from anykvm.conformance.scenario import Lab, scenario
+from anykvm.host import libc
+from anykvm.host.libc import MADV_DONTNEED, MAP_ANONYMOUS, MAP_NORESERVE, MAP_PRIVATE
 
 AREA = "large_pages"
 _HUGE = 0x200000

@@ -5,7 +5,6 @@ from __future__ import annotations
 from anykvm.abi.constants import KVM_MEM_READONLY
 from anykvm.abi.ioctls import KVM_TRANSLATE
 from anykvm.abi.structures import kvm_translation
-from anykvm.api.libc import PROT_NONE, PROT_READ
 from anykvm.conformance import guest_code as code
 from anykvm.conformance import layout
 from anykvm.conformance.host import PAGE, READ_WRITE, Host, anonymous
@@ -13,6 +12,7 @@ from anykvm.conformance.layout import CODE, PML4, TEST
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.outcome import attempt
 from anykvm.conformance.scenario import Lab, scenario
+from anykvm.host.libc import PROT_NONE, PROT_READ
 
 AREA = "page_tables"
 TABLE = 0x20000000

@@ -8,8 +8,6 @@ from typing import Any
 from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
 from anykvm.abi.structures import kvm_pre_fault_memory
-from anykvm.api import libc
-from anykvm.api.libc import PROT_NONE, PROT_READ
 from anykvm.conformance import guest_code as code
 from anykvm.conformance.host import PAGE, READ_WRITE, Host, anonymous
 from anykvm.conformance.layout import TEST
@@ -18,6 +16,8 @@ from anykvm.conformance.observe import POISON_BYTE, POISON_REASON, UNION, exit_n
 from anykvm.conformance.outcome import attempt
 from anykvm.conformance.scenario import Lab, scenario
 from anykvm.conformance.scenarios.dirty_log import dirty_log
+from anykvm.host import libc
+from anykvm.host.libc import PROT_NONE, PROT_READ
 
 AREA = "pre_fault"
 SIZE = 16 * PAGE

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 
-from anykvm.api.libc import MADV_DONTNEED, PROT_NONE, PROT_READ, PROT_WRITE
 from anykvm.conformance import guest_code as code
 from anykvm.conformance.host import PAGE, PROT_EXEC, READ_WRITE, anonymous, file_mapping, memfd
 from anykvm.conformance.layout import TEST
 from anykvm.conformance.scenario import Lab, scenario
+from anykvm.host.libc import MADV_DONTNEED, PROT_NONE, PROT_READ, PROT_WRITE
 
 AREA = "protection"
 

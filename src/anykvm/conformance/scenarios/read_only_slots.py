@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from anykvm.abi.constants import KVM_MEM_READONLY
-from anykvm.api.libc import PROT_NONE, PROT_READ
 from anykvm.conformance import guest_code as code
 from anykvm.conformance.host import PAGE, anonymous
 from anykvm.conformance.layout import CODE, TEST
 from anykvm.conformance.scenario import Lab, scenario
+from anykvm.host.libc import PROT_NONE, PROT_READ
 
 AREA = "read_only_slots"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from anykvm.abi.constants import KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP
 from anykvm.abi.structures import kvm_guest_debug
-from anykvm.api.libc import PROT_NONE
 from anykvm.conformance import guest_code as code
 from anykvm.conformance.host import PAGE, READ_WRITE, anonymous
 from anykvm.conformance.layout import TEST
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.outcome import attempt
 from anykvm.conformance.scenario import Lab, scenario
+from anykvm.host.libc import PROT_NONE
 
 AREA = "slots"
 

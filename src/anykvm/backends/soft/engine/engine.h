@@ -353,6 +353,7 @@ struct ak_translation {
     u32 flags;         /* of memory_fault */
 };
 int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
+int ak_emulator_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 
 /* attributes.c */
 bool ak_gfn_is_private(const struct ak_vm *vm, u64 gfn);
@@ -374,7 +375,6 @@ int ak_gmem_inject(struct ak_vm *vm, struct ak_gmem *g, u64 offset, int err);
 void ak_gmem_enter(struct ak_vcpu *v);
 bool ak_gmem_faultin(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enum ak_access access,
                      struct ak_translation *t);
-int ak_emulator_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 int ak_data_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 u64 ak_gfn_to_hva(struct ak_vcpu *v, u64 gfn);
 int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2]);

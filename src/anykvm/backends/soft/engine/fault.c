@@ -6,18 +6,23 @@
 #include <errno.h>
 #include <ucontext.h>
 
-/* kvm_mmu_faultin_pfn(): privacy and guest_memfd, no slot, read-only slot, then the host page by the touch
- * get_user_pages() would do. */
-int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)
+/* The slot of an access, or NULL; t gets what the access is, and nothing of how it goes. */
+static struct ak_slot *slot_of(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)
 {
     u64 gfn = gpa >> 12;
     struct ak_slot *slot = gfn >> (AK_MAXPHYADDR - 12) ? NULL : ak_gfn_to_memslot(v->vm, gfn);
     t->gpa = gpa & AK_PAGE_MASK;
     t->fault_access = access;
-    t->not_shared = t->annotate = 0;
+    t->annotate = 0;
     t->slot_id = slot ? slot->id : 0;
-    if (ak_may_be_private(v->vm, slot) && ak_gmem_faultin(v, slot, gfn, access, t))
-        return t->pfn;
+    return slot;
+}
+
+/* __kvm_faultin_pfn(): no slot, read-only slot, then the host page by the touch get_user_pages() would do; what may be
+ * written is dirty. enum ak_pfn. */
+static int slot_pfn(struct ak_vcpu *v, struct ak_slot *slot, enum ak_access access, struct ak_translation *t)
+{
+    u64 gfn = t->gpa >> 12;
     if (!slot)
         return t->pfn = KVM_PFN_NOSLOT;
     if (access == AK_WRITE && (slot->flags & KVM_MEM_READONLY))
@@ -27,6 +32,23 @@ int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_
     if (t->pfn == KVM_PFN_OK && access == AK_WRITE)
         ak_mark_page_dirty(v, slot, gfn);
     return t->pfn;
+}
+
+/* kvm_mmu_faultin_pfn(): privacy and guest_memfd, then the slot's page. enum ak_pfn. */
+int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)
+{
+    struct ak_slot *slot = slot_of(v, gpa, access, t);
+    t->not_shared = 0;
+    if (ak_may_be_private(v->vm, slot) && ak_gmem_faultin(v, slot, gpa >> 12, access, t))
+        return t->pfn;
+    return slot_pfn(v, slot, access, t);
+}
+
+/* An access of KVM's emulator, kvm_vcpu_read_guest() and kvm_vcpu_write_guest(): by the slot's userspace_addr, whatever
+ * is private. enum ak_pfn. */
+int ak_emulator_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)
+{
+    return slot_pfn(v, slot_of(v, gpa, access, t), access, t);
 }
 
 static void __attribute__((noreturn)) fault_exit(struct ak_vcpu *v, struct ak_translation *t, uintptr_t retaddr)

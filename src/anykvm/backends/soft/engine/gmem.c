@@ -181,27 +181,6 @@ bool ak_gmem_faultin(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enu
     return true;
 }
 
-/* An access of KVM's emulator, kvm_vcpu_read_guest() and kvm_vcpu_write_guest(): by the slot's userspace_addr, whatever
- * is private. enum ak_pfn. */
-int ak_emulator_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)
-{
-    u64 gfn = gpa >> 12;
-    struct ak_slot *slot = gfn >> (AK_MAXPHYADDR - 12) ? NULL : ak_gfn_to_memslot(v->vm, gfn);
-    t->gpa = gpa & AK_PAGE_MASK;
-    t->fault_access = access;
-    t->annotate = 0;
-    if (!slot)
-        return t->pfn = KVM_PFN_NOSLOT;
-    t->slot_id = slot->id;
-    if (access == AK_WRITE && (slot->flags & KVM_MEM_READONLY))
-        return t->pfn = KVM_PFN_ERR_RO_FAULT;
-    t->hva = t->fault_hva = slot->hva + ((gfn - slot->base_gfn) << 12);
-    t->pfn = ak_hva_to_pfn(v, t->hva, access, &t->host_fault);
-    if (t->pfn == KVM_PFN_OK && access == AK_WRITE)
-        ak_mark_page_dirty(v, slot, gfn);
-    return t->pfn;
-}
-
 /* A data access of an instruction that may be emulated. Before the device access because of which KVM emulates at all,
  * what the processor cannot reach is its fault; what KVM then reads and writes is by userspace_addr. */
 int ak_data_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)

@@ -1,4 +1,4 @@
-"""The system calls that guest memory needs and Python's ``mmap`` module lacks: fixed addresses, and safe copies."""
+"""System calls on memory that Python's ``mmap`` module lacks: fixed addresses, plain mappings, and safe copies."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ MAP_ANONYMOUS: Final = _pymmap.MAP_ANONYMOUS
 MAP_NORESERVE: Final = 0x4000
 MAP_FIXED: Final = 0x10
 MAP_FIXED_NOREPLACE: Final = 0x100000
+MREMAP_MAYMOVE: Final = 1
+MREMAP_FIXED: Final = 2
 MADV_DONTNEED: Final = 4
 MADV_REMOVE: Final = 9
 FALLOC_FL_KEEP_SIZE: Final = 1
@@ -29,6 +31,8 @@ _MMAP_TYPES: Final = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_i
 _mmap: Final = _libc.mmap
 _mmap.argtypes = _MMAP_TYPES
 _mmap.restype = ctypes.c_void_p
+_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+_libc.mremap.restype = ctypes.c_void_p
 
 
 class _Iovec(ctypes.Structure):
@@ -66,10 +70,30 @@ def mmap(address: int, length: int, prot: int, flags: int, fd: int = -1, offset:
     return result
 
 
+def map_shared(fd: int, length: int, offset: int) -> int:
+    """Map a file read-write and shared; returns the address. Raises OSError with mmap(2)'s errno.
+
+    Python's ``mmap`` would keep a duplicate of the descriptor, which counts: what it stands for would never be over.
+    It is the system's mmap: what the backends themselves map with, whatever one of them stands in front of.
+    """
+    result: int | None = _mmap(None, length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset)
+    if result is None or result == _FAILED:
+        raise _fail(f"mmap(fd={fd}, length={length:#x}, offset={offset:#x})")
+    return result
+
+
 def munmap(address: int, length: int) -> None:
     """munmap(2). Raises OSError with its errno."""
     if _libc.munmap(address, length):
         raise _fail(f"munmap({address:#x}, {length:#x})")
+
+
+def mremap(address: int, old_length: int, length: int, flags: int, to: int = 0) -> int:
+    """mremap(2): returns the new address. Raises OSError with its errno."""
+    result: int | None = _libc.mremap(address, old_length, length, flags, to)
+    if result is None or result == _FAILED:
+        raise _fail(f"mremap({address:#x}, {old_length:#x}, {length:#x})")
+    return result
 
 
 def mprotect(address: int, length: int, prot: int) -> None:
