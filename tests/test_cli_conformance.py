@@ -67,7 +67,20 @@ def test_the_page_needs_nothing_else_and_escapes() -> None:
     page = html(compare(same, [same, other._replace(label="<other>")]))
     assert "&lt;title&gt;" in page and "<other>" not in page
     assert "agrees" in page and "1 difference" in page and "read8" in page
-    assert not re.search(r"(src|href)=", page)
+    assert not re.search(r"(src|href)=(?!\"#)", page)
+    assert re.search(
+        r"read8</td><td>ret</td><td>0</td>\s*<td class=\"none\">same</td>\s*<td class=\"differs\">-1</td>", page
+    )
+
+
+def test_areas_count_and_differences_of_several_are_side_by_side() -> None:
+    expected, other, third = records(a=0, b=0), records(a=0, b=1), records(a=2, b=3)
+    comparison = compare(expected, [expected, other, third])
+    (area,) = comparison.areas
+    assert (area.name, area.agreeing, comparison.agreeing) == ("unmapped", [1, 0, 0], [1, 0, 0])
+    lines = {(line.step, line.field): (line.expected, line.got) for line in area.rows[0].lines}
+    assert lines == {("b", "ret"): (0, [None, 1, 3]), ("a", "ret"): (0, [None, None, 2])}
+    assert area.rows[0].differs and not area.rows[0].settled
 
 
 def test_a_scenario_without_records_is_not_an_agreement() -> None:

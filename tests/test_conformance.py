@@ -132,6 +132,22 @@ def test_compare_leaves_out_what_is_the_processor_s_own() -> None:
     assert compare_scenario("x", [shown], [failed("0x0", "0x400")]) != []
 
 
+def test_compare_of_a_failed_delivery_is_of_the_address() -> None:
+    def failed(*data: str) -> dict[str, object]:
+        internal = {"suberror": 3, "ndata": len(data), "data": list(data)}
+        return {"n": "x", "s": "a", "internal": internal, "union24": "03000000" + "05" * 20}
+
+    expected = failed("0x1", "0x400", "0x2", "0x60", "0x0")
+    assert compare_scenario("x", [expected], [failed("0x0", "0x0", "0x0", "0x60", "0x1")]) == []
+    assert compare_scenario("x", [expected], [failed("0x1", "0x400", "0x2", "0x68", "0x0")]) != []
+
+
+def test_several_scenarios_at_a_time_give_the_same_records() -> None:
+    names = ["unmapped_read", "unmapped_write", "never_mapped"]  # each ends at once: there is no such device
+    one, three = (list(record(names, no_backend, jobs=jobs)) for jobs in (1, 3))
+    assert one == three and [entry["n"] for entry in one if entry["s"] == "<error>"] == names
+
+
 def test_compare_of_a_descriptor_is_of_success() -> None:
     step = {"n": "gmem_basic", "s": "create", "ret": 6, "errno": 0}
     assert compare_scenario("gmem_basic", [step], [{**step, "ret": 9}]) == []

@@ -1,16 +1,21 @@
-"""The oracle's records: against the golden file, and the soft backend against them; ``records_scope.toml`` says how."""
+"""The oracle's records: against the golden file; soft and this machine's KVM against them; `records_scope.toml`."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from anykvm.conformance import Difference, compare_scenario, golden, load, read_records
+from anykvm.conformance import Difference, by_scenario, compare_scenario, golden, load, read_records
 from anykvm.conformance.golden_file import ABOUT, END, Record
 from anykvm.conformance.records_of import kernel_names, kernel_records
+from conftest import probe
 from vmm_helpers import record_on_soft
 
 FOLDER: Final = Path(__file__).parent.parent / "src/anykvm/conformance/records"
@@ -20,9 +25,13 @@ SCOPE: Final[dict[str, dict[str, dict[str, Any]]]] = tomllib.loads(
     Path(__file__).with_name("records_scope.toml").read_text()
 )
 IN_BOTH: Final = [name for name in GOLDEN if "skip" not in SCOPE["golden"].get(name, {})]
-COMPARED: Final = [name for name, entry in SCOPE["soft"].items() if entry["status"] == "compared"]
-NOT_YET: Final = [name for name, entry in SCOPE["soft"].items() if entry["status"] == "not yet"]
-SECONDS: Final = 5
+ONLY_HERE: Final = [name for name in ORACLE if name not in GOLDEN]
+STATUS: Final = {name: SCOPE["soft"].get(name, {}).get("status", "compared") for name in ONLY_HERE}
+COMPARED: Final = [name for name in ONLY_HERE if STATUS[name] == "compared"]
+NOT_YET: Final = [name for name in ONLY_HERE if STATUS[name] == "not yet"]
+SECONDS: Final = 10
+OLDEST: Final = (6, 12)
+"""The oldest kernel of which there are records."""
 
 
 def exceptions(side: str) -> list[tuple[str, str, str]]:
@@ -59,17 +68,20 @@ def test_a_file_says_of_which_kernel_and_when_and_is_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", kernel_names())
-def test_a_file_has_every_scenario_of_the_golden_one(name: str) -> None:
-    assert not GOLDEN.keys() - kernel_records(name).scenarios.keys()
-    assert kernel_records(name).scenarios.keys() <= load().keys()
+def test_a_file_has_every_scenario_and_none_broke_off(name: str) -> None:
+    scenarios = kernel_records(name).scenarios
+    assert sorted(scenarios) == sorted(load())
+    broken = [key for key, records in scenarios.items() for record in records if record["s"].startswith("<")]
+    assert not broken
 
 
 def test_the_table_is_whole_and_has_reasons() -> None:
-    assert sorted(SCOPE["soft"]) == sorted(ORACLE.keys() - GOLDEN.keys())
+    assert SCOPE["soft"].keys() <= set(ONLY_HERE)
+    assert set(STATUS.values()) == {"compared", "not yet", "out"}
     assert SCOPE["golden"].keys() <= GOLDEN.keys()
     for entry in (*SCOPE["golden"].values(), *SCOPE["soft"].values()):
         assert all(part["reason"] for part in entry.get("except", ()))
-        assert entry.get("skip", entry.get("reason")) or entry.get("except") or entry["status"] == "compared"
+        assert entry.get("skip", entry.get("reason")) or entry.get("except")
 
 
 @pytest.mark.parametrize("name", IN_BOTH)
@@ -99,3 +111,27 @@ def test_an_exception_of_soft_is_needed(name: str, step: str, field: str, record
 @pytest.mark.parametrize("name", NOT_YET)
 def test_not_yet_is_still_true(name: str, recorded: dict[str, list[Record]]) -> None:
     assert compare_scenario(name, ORACLE[name], recorded[name]), "this agrees now: compare it"
+
+
+OWN: Final = [name for name, scenario in load().items() if scenario.area == "ioctls"]
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
+    """Run the ioctl surface on this machine's own KVM."""
+    found = probe("device")
+    if not found.usable:
+        pytest.skip(f"device backend: {found.reason}")
+    output = tmp_path_factory.mktemp("own") / "device.jsonl"
+    command = [sys.executable, "-m", "anykvm.conformance.record", "--backend", "device", "--timeout", str(SECONDS)]
+    subprocess.run([*command, "--output", str(output), *OWN], check=True, timeout=200)
+    return by_scenario(read_records(output))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_this_machine_s_kvm_has_the_same_ioctls(name: str, own: dict[str, list[Record]]) -> None:
+    assert not [record for record in own[name] if record["s"].startswith("<")]
+    major, minor = map(int, re.findall(r"\d+", os.uname().release)[:2])
+    if (major, minor) >= OLDEST:  # an older kernel may lack some; what it says is then no defect of anybody's
+        found = [compare_scenario(name, kernel_records(kernel).scenarios[name], own[name]) for kernel in kernel_names()]
+        assert min(found, key=len) == [], told(min(found, key=len))

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 import anykvm
-from anykvm import Hlt, InternalError, Intr, Io, IrqWindowOpen, MemoryFault, Mmio, Shutdown, abi
+from anykvm import Hlt, InternalError, Intr, Io, IrqWindowOpen, MemoryFault, Mmio, SetTpr, Shutdown, abi
 from anykvm.backends import soft
 from machine import CODE, DATA, Machine, assemble
 
@@ -126,6 +126,7 @@ def test_task_priority_of_the_page(machine: Machine) -> None:
     assert raw(machine) == errno.EINVAL  # row 14
     assert machine.vcpu.kvm_run.exit_reason == 0xDEAD
     machine.vcpu.kvm_run.cr8 = 9
+    assert machine.vcpu.run() == SetTpr()  # row 28: lowered, and the instruction is over
     machine.run_to_halt()
     assert machine.vcpu.get_regs().rbx == 9
     assert machine.vcpu.kvm_run.cr8 == 3
@@ -373,6 +374,21 @@ def test_interrupt_window(machine: Machine) -> None:
     run.request_interrupt_window = 0
     machine.vcpu.interrupt(0x15)
     assert machine.trap().vector == 0x15
+
+
+def test_interrupt_window_wins_over_a_signal(machine: Machine, alarms: list[int]) -> None:
+    machine.long_mode("1: jmp 1b", rflags=0x202)
+    machine.vcpu.kvm_run.request_interrupt_window = 1
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    try:
+        machine.vcpu.set_signal_mask([])
+        signal.raise_signal(signal.SIGALRM)
+        assert machine.vcpu.run() == IrqWindowOpen()  # row 30, before row 31
+        assert machine.vcpu.get_regs().rip == CODE
+        machine.set_regs(rflags=2)
+        assert machine.vcpu.run() == Intr(abi.KVM_EXIT_INTR)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
 
 
 def test_shutdown(machine: Machine) -> None:

@@ -54,8 +54,8 @@ def record_on_soft(profile: str, names: Iterable[str], seconds: float, folder: P
     require_soft()
     output = folder / "soft.jsonl"
     command = [sys.executable, "-m", "anykvm.conformance.record", "--backend", "soft", "--profile", profile]
-    command += ["--timeout", str(seconds), "--output", str(output)]
-    subprocess.run([*command, *(name for name in names if not load()[name].intrusive)], check=True, timeout=110)
+    command += ["--timeout", str(seconds), "--jobs", "2", "--output", str(output)]
+    subprocess.run([*command, *(name for name in names if not load()[name].intrusive)], check=True, timeout=200)
     return by_scenario(read_records(output))
 
 

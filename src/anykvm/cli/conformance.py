@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from anykvm.cli.common import BackendOption, ExitCode, Fail, JsonOption, ProfileOption, choose, print_json
 from anykvm.conformance import report
@@ -24,7 +24,8 @@ By default all that leave the machine as it is. Never on a KVM whose machine you
 COMPARE_HELP = """Compare records with those expected.
 
 Each is a kernel's name (see `anykvm conformance list`), a file of records, or soft, soft:PROFILE or device to record
-now. Exit code: 0 if they agree, 1 if not."""
+now. The table counts the scenarios of each area that agree, and names the others. Exit code: 0 if all
+agree, 1 if not."""
 
 app = typer.Typer(help=HELP, add_completion=False, rich_markup_mode=None)
 Scenarios = Annotated[list[str] | None, typer.Option("--scenario", metavar="NAME", help="Only these; may be repeated.")]
@@ -48,7 +49,7 @@ def list_scenarios(json: JsonOption = False) -> None:
     if json:
         print_json({"kernels": {name: records.title for name, records in kernels.items()}, "scenarios": rows})
         return
-    table = Table("scenario", "area", "needs", *kernels)
+    table = Table(*map(_whole, ("scenario", "area")), "needs", *kernels)
     for scenario in scenarios:
         counts = [str(len(records.scenarios.get(scenario.name, ())) or "-") for records in kernels.values()]
         table.add_row(escape(scenario.name), escape(scenario.area), ", ".join(sorted(scenario.needs)), *counts)
@@ -56,6 +57,11 @@ def list_scenarios(json: JsonOption = False) -> None:
     console.print(table)
     for name, records in kernels.items():
         console.print(f"{name}: {escape(records.title)}", soft_wrap=True)
+
+
+def _whole(head: str) -> Column:
+    """Make a column whose text is never cut off."""
+    return Column(head, overflow="fold")
 
 
 @app.command("record", help=RECORD_HELP)
@@ -144,14 +150,22 @@ def _plain(comparison: report.Comparison) -> dict[str, object]:
     }
 
 
+def _coloured(cell: report.Cell) -> str:
+    colour = "dim" if not cell.recorded else "red" if cell.differences else "green"
+    return f"[{colour}]{cell.verdict}[/]"
+
+
 def _show(comparison: report.Comparison, verbose: bool) -> None:
     console = Console(highlight=False)
     console.print(f"expected: [bold]{escape(comparison.expected)}[/]", soft_wrap=True)
-    table = Table("area", "scenario", *map(escape, comparison.labels))
-    for row in comparison.rows:
-        colours = ["dim" if not c.recorded else "red" if c.differences else "green" for c in row.cells]
-        cells = [f"[{colour}]{cell.verdict}[/]" for colour, cell in zip(colours, row.cells, strict=True)]
-        table.add_row(escape(row.area), escape(row.name), *cells)
+    table = Table(*map(_whole, ("area", "scenario")), *map(escape, comparison.labels))
+    for area in comparison.areas:
+        whole = len(area.rows)
+        counts = [f"[{'green' if count == whole else 'bold'}]{count} of {whole}[/]" for count in area.agreeing]
+        table.add_row(f"[bold]{escape(area.name)}[/]", "", *counts)
+        for row in area.rows:
+            if not row.settled:
+                table.add_row("", escape(row.name), *map(_coloured, row.cells))
     console.print(table)
     for label, title, count in zip(comparison.labels, comparison.titles, comparison.agreeing, strict=True):
         found = f"{label}: {title}: {count} of {len(comparison.rows)} scenarios agree"

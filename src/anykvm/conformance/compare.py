@@ -13,6 +13,8 @@ Key: TypeAlias = tuple[str, int]
 """A step's name, and which of the steps of that name it is."""
 MISSING: Final = "<missing>"
 """Stands for a step or field that is not there."""
+_DELIVERY: Final = 3  # KVM_INTERNAL_ERROR_DELIVERY_EV
+_DELIVERY_GPA: Final = 3
 _INSTRUCTION_BYTES: Final = 1
 _EMULATION_WORDS: Final = 2  # instruction size and bytes: two 64-bit words behind the flags word
 
@@ -106,14 +108,17 @@ def _flat(record: Record) -> dict[str, Any]:
 
 
 def _without_vendor(record: Record) -> Record:
-    """Leave out of an emulation failure what comes after its flags and instruction bytes.
+    """Leave out of an internal error the processor's own description of its exit, which is SVM's or VMX's, not KVM's.
 
-    kvm_prepare_emulation_failure_exit() appends the processor's own description of its exit there, which is SVM's or
-    VMX's and not KVM's.
+    Of an emulation failure that is what comes after its flags and instruction bytes (prepare_emulation_failure_exit());
+    of a failed delivery all but the address of what could not be reached (kvm_prepare_event_vectoring_exit()).
     """
     internal = record.get("internal")
     if not internal or not internal["data"]:
         return record
+    if internal["suberror"] == _DELIVERY:
+        address = internal["data"][_DELIVERY_GPA : _DELIVERY_GPA + 1]
+        return {**record, "internal": {**internal, "data": address}, "union24": record["union24"][:8]}
     words = 1 + (_EMULATION_WORDS if int(internal["data"][0], 16) & _INSTRUCTION_BYTES else 0)
     vendor_free = {**internal, "data": internal["data"][:words], "ndata": f"at least {words}"}
     if internal["ndata"] < words:

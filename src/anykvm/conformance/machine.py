@@ -18,6 +18,7 @@ from anykvm.abi.structures import (
 from anykvm.api.kvm import Kvm
 from anykvm.api.kvm import open as open_kvm
 from anykvm.api.vcpu import Vcpu
+from anykvm.api.vm import Vm
 from anykvm.backends.base import Backend
 from anykvm.conformance import layout
 from anykvm.conformance.host import Host, anonymous
@@ -28,7 +29,7 @@ from anykvm.conformance.signals import Signals
 _TSS_ADDR: Final = 0xFFFBD000
 _MAX_FRAGMENTS: Final = 16
 _TIMEOUT: Final = 2.0
-_KEPT: Final = (c.KVM_EXIT_MMIO, c.KVM_EXIT_HYPERCALL)
+_KEPT: Final = (c.KVM_EXIT_MMIO, c.KVM_EXIT_HYPERCALL, c.KVM_EXIT_X86_RDMSR, c.KVM_EXIT_X86_WRMSR)
 MMIO_DATA: Final = 40
 """Where ``mmio.data`` lies in kvm_run."""
 
@@ -43,7 +44,15 @@ class Keep(Protocol):
 class Machine:
     """A VM and a vCPU of a scenario. What fails is given as an ``Outcome``, not raised, except when making it."""
 
-    def __init__(self, backend: Backend, signals: Signals, keep: Keep, type: int = 0, irqchip: bool = False) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        signals: Signals,
+        keep: Keep,
+        type: int = 0,
+        irqchip: bool = False,
+        prepare: Callable[[Vm], None] | None = None,
+    ) -> None:
         """Make it; see ``Lab.machine``."""
         self._signals = signals
         self._keep = keep
@@ -52,6 +61,8 @@ class Machine:
         attempt(lambda: self.vm.set_tss_addr(_TSS_ADDR))  # Intel's KVM wants it; elsewhere it may not be there
         if irqchip:
             self.vm.create_irqchip()
+        if prepare:
+            prepare(self.vm)
         self.memory = anonymous(layout.MEMORY_SIZE)
         self.slot(0, 0, layout.MEMORY_SIZE, self.memory).check("slot 0")
         layout.build(self.memory)

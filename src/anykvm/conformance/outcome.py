@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno as _errno
 import os
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from anykvm.abi.validity import EHWPOISON
 
@@ -39,15 +39,15 @@ class Outcome(NamedTuple):
         return {"ret": self.ret, "errno": self.errno, "errname": errno_name(self.errno)}
 
 
-def attempt(call: Callable[[], int | None]) -> Outcome:
-    """Call, and turn OSError into an outcome; None, what a method without a result returns, is 0.
+def attempt(call: Callable[..., int | None], *arguments: Any, **named: Any) -> Outcome:
+    """Call with these arguments, and turn OSError into an outcome; None, what a method without a result returns, is 0.
 
     >>> import os
-    >>> attempt(lambda: os.close(-1))
+    >>> attempt(os.close, -1)
     Outcome(ret=-1, errno=9)
     """
     try:
-        return Outcome(call() or 0, 0)
+        return Outcome(call(*arguments, **named) or 0, 0)
     except OSError as error:
         return Outcome(-1, error.errno or _errno.EIO)
 

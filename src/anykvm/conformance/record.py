@@ -17,10 +17,11 @@ import select
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from anykvm.backends import backend as make_backend
 from anykvm.backends.base import Backend
@@ -38,18 +39,24 @@ def record(
     backend: Callable[[], Backend],
     started: Callable[[str], None] = lambda _: None,
     timeout: float | None = None,
+    jobs: int = 1,
 ) -> Iterator[Record]:
     """Run scenarios by name and give their records, scenario by scenario.
 
     ``backend`` makes the backend, in each scenario's own process; ``started`` is told each name before it runs;
-    ``timeout`` is the most a scenario may take, if less than its own.
+    ``timeout`` is the most a scenario may take, if less than its own; ``jobs`` run at a time.
     Raises KeyError for a name that no scenario has.
     """
     scenarios = load()
+    running: deque[_Child] = deque()
     for chosen in [scenarios[name] for name in names]:
         started(chosen.name)
         limit = chosen.timeout if timeout is None else min(timeout, chosen.timeout)
-        yield from record_scenario(chosen._replace(timeout=limit), backend)
+        running.append(_start(chosen._replace(timeout=limit), backend))
+        if len(running) >= jobs:
+            yield from _finish(running.popleft())
+    while running:
+        yield from _finish(running.popleft())
 
 
 def record_scenario(scenario: Scenario, backend: Callable[[], Backend]) -> list[Record]:
@@ -57,6 +64,19 @@ def record_scenario(scenario: Scenario, backend: Callable[[], Backend]) -> list[
 
     A crash, a hang longer than ``scenario.timeout`` and a nonzero exit are the last record's ``<child>`` step.
     """
+    return _finish(_start(scenario, backend))
+
+
+class _Child(NamedTuple):
+    """A scenario's process, and where its records come from."""
+
+    scenario: Scenario
+    pid: int
+    reader: int
+    deadline: float
+
+
+def _start(scenario: Scenario, backend: Callable[[], Backend]) -> _Child:
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -65,15 +85,19 @@ def record_scenario(scenario: Scenario, backend: Callable[[], Backend]) -> list[
         os.close(reader)
         _run_child(scenario, backend, writer)
     os.close(writer)
+    return _Child(scenario, child, reader, time.monotonic() + scenario.timeout)
+
+
+def _finish(child: _Child) -> list[Record]:
     try:
-        text, in_time = _read_until(reader, time.monotonic() + scenario.timeout)
+        text, in_time = _read_until(child.reader, child.deadline)
     finally:
-        os.close(reader)
-    status = _reap(child, in_time)
+        os.close(child.reader)
+    status = _reap(child.pid, in_time)
     records: list[Record] = [json.loads(line) for line in text.splitlines()]
     if status or not in_time:
-        seconds = 0 if in_time else scenario.timeout
-        records.append({"n": scenario.name, "s": CHILD, "status": hex(status), "killed_after_s": seconds})
+        seconds = 0 if in_time else child.scenario.timeout
+        records.append({"n": child.scenario.name, "s": CHILD, "status": hex(status), "killed_after_s": seconds})
     return records
 
 
@@ -137,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", help="which KVM the soft backend is to be, such as linux-7.3")
     parser.add_argument("--timeout", type=float, help="seconds a scenario may take at most")
     parser.add_argument("--intrusive", action="store_true", help="by default also those that change the machine")
+    parser.add_argument("--jobs", type=int, default=1, help="scenarios to run at a time; default 1")
     parser.add_argument("--output", type=Path, help="the file to write; default standard output")
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help="names; default all that stay in this process")
     options = parser.parse_args(arguments)
@@ -154,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     def make() -> Backend:
         return make_backend(options.backend, options.profile)
 
-    entries = list(record(chosen, make, started, options.timeout))
+    entries = list(record(chosen, make, started, options.timeout, options.jobs))
     # Only now: scenarios are to be forked from a process without a backend.
     lines = [json.dumps(entry) + "\n" for entry in (about(make()), *entries)]
     lines.append(json.dumps({"n": END}) + "\n")

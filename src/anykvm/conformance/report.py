@@ -32,6 +32,16 @@ class Cell(NamedTuple):
         return f"{count} difference{'s' if count != 1 else ''}" if count else "agrees"
 
 
+class Line(NamedTuple):
+    """A field in which a set of records is not the expected one, and what each set has there."""
+
+    step: str
+    field: str
+    expected: object
+    got: list[object | None]
+    """For each set of records; None: as expected, or not recorded."""
+
+
 class Row(NamedTuple):
     """A scenario: its name, its area, and a cell for each set of records."""
 
@@ -39,6 +49,38 @@ class Row(NamedTuple):
     area: str
     steps: int
     cells: list[Cell]
+
+    @property
+    def differs(self) -> bool:
+        """Whether any set of records has a difference."""
+        return any(cell.differences for cell in self.cells)
+
+    @property
+    def settled(self) -> bool:
+        """Whether every set of records has it, and agrees."""
+        return all(cell.verdict == "agrees" for cell in self.cells)
+
+    @property
+    def lines(self) -> list[Line]:
+        """Lay the differences of all sets of records side by side."""
+        lines: dict[tuple[str, str], Line] = {}
+        for at, cell in enumerate(self.cells):
+            for difference in cell.differences:
+                empty = Line(difference.step, difference.field, difference.expected, [None] * len(self.cells))
+                lines.setdefault((difference.step, difference.field), empty).got[at] = difference.got
+        return list(lines.values())
+
+
+class Area(NamedTuple):
+    """The scenarios of one area."""
+
+    name: str
+    rows: list[Row]
+
+    @property
+    def agreeing(self) -> list[int]:
+        """Count for each set of records the scenarios that were recorded and agree."""
+        return agreeing(self.rows)
 
 
 class Comparison(NamedTuple):
@@ -52,12 +94,27 @@ class Comparison(NamedTuple):
     @property
     def agreeing(self) -> list[int]:
         """Count for each set of records the scenarios that were recorded and agree."""
-        return [sum(row.cells[at].verdict == "agrees" for row in self.rows) for at in range(len(self.titles))]
+        return agreeing(self.rows) or [0] * len(self.titles)
+
+    @property
+    def areas(self) -> list[Area]:
+        """Group the scenarios."""
+        areas: dict[str, list[Row]] = {}
+        for row in self.rows:
+            areas.setdefault(row.area, []).append(row)
+        return [Area(name, rows) for name, rows in areas.items()]
 
     @property
     def differing(self) -> int:
         """Count the cells with differences."""
         return sum(bool(cell.differences) for row in self.rows for cell in row.cells)
+
+
+def agreeing(rows: list[Row]) -> list[int]:
+    """Count for each set of records the rows that were recorded and agree."""
+    return [
+        sum(cell.verdict == "agrees" for cell in column) for column in zip(*(row.cells for row in rows), strict=True)
+    ]
 
 
 def compare(expected: Records, others: list[Records], names: list[str] | None = None) -> Comparison:
@@ -84,7 +141,4 @@ def html(comparison: Comparison) -> str:
     """Make a page of a comparison that needs nothing else."""
     template = (files("anykvm.conformance") / "templates" / "report.html.j2").read_text()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    areas: dict[str, list[Row]] = {}
-    for row in comparison.rows:
-        areas.setdefault(row.area, []).append(row)
-    return environment.from_string(template).render(comparison=comparison, areas=areas)
+    return environment.from_string(template).render(comparison=comparison)

@@ -6,28 +6,38 @@ import errno as _errno
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+from anykvm.api.vm import Vm
 from anykvm.backends.base import Backend
 from anykvm.conformance.golden_file import Record
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.outcome import Outcome, attempt
 from anykvm.conformance.signals import Signals
 
+if TYPE_CHECKING:
+    from anykvm.api.handle import Argument, Handle
+
 Body: TypeAlias = Callable[["Lab"], None]
 
 NEEDS: Final = frozenset(
     (
         "attributes",  # KVM_SET_MEMORY_ATTRIBUTES and KVM_X86_SW_PROTECTED_VM
+        "coalesced_io",  # KVM_REGISTER_COALESCED_MMIO
         "device_memory",  # host mappings with VM_IO or VM_PFNMAP
         "dirty_log",
+        "dirty_ring",
         "guest_memfd",
         "hugetlb",  # the right to change the number of huge pages
+        "hypercalls",  # KVM_CAP_EXIT_HYPERCALL
+        "ioeventfd",
         "irqchip",  # an in-kernel interrupt controller
         "paravirtual",  # KVM's own MSRs
         "poison",  # MADV_HWPOISON or UFFDIO_POISON
         "pre_fault",
+        "quirks",  # KVM_CAP_DISABLE_QUIRKS2
         "smp",  # a second vCPU
+        "user_space_msr",  # KVM_CAP_X86_USER_SPACE_MSR
         "userfaultfd",
     )
 )
@@ -104,9 +114,12 @@ class Lab:
         self._keep = keep
         self._machines: list[Machine] = []  # all live until the scenario ends, as their host memory does
 
-    def machine(self, type: int = 0, irqchip: bool = False) -> Machine:
-        """Make a VM and vCPU in 64-bit mode, laid out as ``layout`` says. Raises OSError if there can be none."""
-        made = Machine(self.backend, self.signals, self.record, type, irqchip)
+    def machine(self, type: int = 0, irqchip: bool = False, prepare: Callable[[Vm], None] | None = None) -> Machine:
+        """Make a VM and vCPU in 64-bit mode, laid out as ``layout`` says. Raises OSError if there can be none.
+
+        ``prepare`` is done to the VM before it has a vCPU.
+        """
+        made = Machine(self.backend, self.signals, self.record, type, irqchip, prepare)
         self._machines.append(made)
         return made
 
@@ -131,6 +144,10 @@ class Lab:
         result = outcome if isinstance(outcome, Outcome) else attempt(outcome)
         self.record(name, **result.fields(), **seen)
         return result
+
+    def ioctl(self, name: str, handle: Handle, request: int, arg: Argument = 0, **seen: Any) -> Outcome:
+        """Do an ioctl and record what it gave."""
+        return self.step(name, attempt(lambda: handle.ioctl(request, arg)), **seen)
 
     def note(self, name: str, **seen: Any) -> None:
         """Record something seen between calls: memory, a file, a state."""

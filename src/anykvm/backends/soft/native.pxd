@@ -36,6 +36,7 @@ cdef extern from "engine.h" nogil:
         KVM_EXIT_HYPERCALL
         KVM_EXIT_MMIO
         KVM_EXIT_IRQ_WINDOW_OPEN
+        KVM_EXIT_SET_TPR
         KVM_EXIT_SHUTDOWN
         KVM_EXIT_INTR
         KVM_EXIT_INTERNAL_ERROR
@@ -53,6 +54,7 @@ cdef extern from "engine.h" nogil:
         AK_EXIT_IRQ_WINDOW
         AK_EXIT_HYPERCALL
         AK_EXIT_DIRTY_FULL
+        AK_EXIT_SET_TPR
         AK_EXIT_HWPOISON
         AK_COMPLETE_NONE
         AK_COMPLETE_PIO

@@ -7,6 +7,7 @@ cdef int prepare(native.vcpu_p vcpu) noexcept nogil
 cdef int complete_userspace_io(native.vcpu_p vcpu) noexcept nogil
 cdef int vcpu_run(native.vcpu_p vcpu) noexcept nogil
 cdef int dirty_ring_full(native.vcpu_p vcpu) noexcept nogil
+cdef int irq_window_exit(native.vcpu_p vcpu) noexcept nogil
 cdef int signal_exit(native.vcpu_p vcpu) noexcept nogil
 cdef int handle_exit(native.vcpu_p vcpu) noexcept nogil
 cdef int rare_exit(native.vcpu_p vcpu, int kind) noexcept nogil

@@ -105,14 +105,14 @@ def vcpu_run(vcpu: native.vcpu_p) -> cython.int:
     if native.ak_dirty_ring_full(vcpu):
         return dirty_ring_full(vcpu)  # before a signal is looked for
     if vcpu.has_sigmask and native.ak_signal_pending(vcpu):
-        return signal_exit(vcpu)  # blocked for the thread, open for KVM_RUN: the guest is not entered
+        # blocked for the thread, open for KVM_RUN: the guest is not entered
+        return irq_window_exit(vcpu) if native.ak_irq_window(vcpu) else signal_exit(vcpu)
     r: cython.int = 1
     while r > 0:
         native.ak_run_guest(vcpu)
         r = handle_exit(vcpu)  # rows 28, 29
         if r > 0 and native.ak_irq_window(vcpu):
-            vcpu.run.exit_reason = native.KVM_EXIT_IRQ_WINDOW_OPEN  # row 30: tested before the signal
-            r = 0
+            r = irq_window_exit(vcpu)
         if r > 0 and native.ak_signal_pending(vcpu):
             r = signal_exit(vcpu)  # row 31
         if r > 0 and native.ak_vcpu_dead(vcpu):
@@ -125,6 +125,12 @@ def vcpu_run(vcpu: native.vcpu_p) -> cython.int:
 def dirty_ring_full(vcpu: native.vcpu_p) -> cython.int:
     """Row 21, dr:kvm_dirty_ring_check_request(): no entry into the guest until KVM_RESET_DIRTY_RINGS has made room."""
     vcpu.run.exit_reason = native.KVM_EXIT_DIRTY_RING_FULL
+    return 0
+
+
+def irq_window_exit(vcpu: native.vcpu_p) -> cython.int:
+    """Row 30: user space can inject an interrupt. Tested before the signal."""
+    vcpu.run.exit_reason = native.KVM_EXIT_IRQ_WINDOW_OPEN
     return 0
 
 
@@ -162,7 +168,10 @@ def handle_exit(vcpu: native.vcpu_p) -> cython.int:
 
 
 def rare_exit(vcpu: native.vcpu_p, kind: cython.int) -> cython.int:
-    """The exits that end a guest, and the interrupt window."""
+    """The exits that end a guest, the interrupt window, and the task priority."""
+    if kind == native.AK_EXIT_SET_TPR:
+        vcpu.run.exit_reason = native.KVM_EXIT_SET_TPR
+        return 0
     if kind == native.AK_EXIT_SHUTDOWN:
         vcpu.run.exit_reason = native.KVM_EXIT_SHUTDOWN
         return 0

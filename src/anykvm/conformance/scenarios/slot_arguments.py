@@ -41,7 +41,7 @@ def memslot_args(lab: Lab) -> None:
         lab.step("irqchip_vm_apic_base_slot", other.slot(12, 0xFEE00000, PAGE, host))
 
 
-def _try(lab: Lab, m: Machine, step: str, slot: int, gpa: int, size: int, host: Host | int, flags: int = 0) -> None:
+def try_slot(lab: Lab, m: Machine, step: str, slot: int, gpa: int, size: int, host: Host | int, flags: int = 0) -> None:
     """Make a slot and delete it again."""
     outcome = lab.step(step, m.slot(slot, gpa, size, host, flags))
     if not outcome.failed and size:
@@ -67,18 +67,18 @@ def _addresses(lab: Lab, m: Machine, host: Host) -> None:
         ("gpa_2^46", 1 << 46, PAGE, hva),
         ("size_0_nonexistent", TEST, 0, hva),
     ):
-        _try(lab, m, step, 1, gpa, length, address)
+        try_slot(lab, m, step, 1, gpa, length, address)
 
 
 def _slot_ids(lab: Lab, m: Machine, host: Host, slots: int) -> None:
     size = 4 * PAGE
-    _try(lab, m, "bad_flag_bit3", 1, TEST, size, host, 8)
-    _try(lab, m, "bad_flag_bit31", 1, TEST, size, host, 1 << 31)
-    _try(lab, m, "slot_id_max", slots - 1, TEST + 0x1000000, PAGE, host)
-    _try(lab, m, "slot_id_nr", slots, TEST + 0x2000000, PAGE, host)
-    _try(lab, m, "slot_id_0xffff", 0xFFFF, TEST + 0x2000000, PAGE, host)
+    try_slot(lab, m, "bad_flag_bit3", 1, TEST, size, host, 8)
+    try_slot(lab, m, "bad_flag_bit31", 1, TEST, size, host, 1 << 31)
+    try_slot(lab, m, "slot_id_max", slots - 1, TEST + 0x1000000, PAGE, host)
+    try_slot(lab, m, "slot_id_nr", slots, TEST + 0x2000000, PAGE, host)
+    try_slot(lab, m, "slot_id_0xffff", 0xFFFF, TEST + 0x2000000, PAGE, host)
     lab.step("as_id_1", m.slot(0x10001, TEST, PAGE, host))
-    _try(lab, m, "as_id_2", 0x20001, TEST, PAGE, host)
+    try_slot(lab, m, "as_id_2", 0x20001, TEST, PAGE, host)
     lab.step("as_id_1_delete", m.slot(0x10001, TEST, 0, host))
 
 
@@ -121,9 +121,9 @@ def _deletions(lab: Lab, m: Machine) -> None:
 
 
 def _sizes(lab: Lab, m: Machine) -> None:
-    _try(lab, m, "size_256GiB", 6, 1 << 38, 1 << 38, LOW_ADDRESS)
-    _try(lab, m, "size_8TiB_minus_page", 6, 1 << 33, (1 << 43) - PAGE, LOW_ADDRESS)
-    _try(lab, m, "size_8TiB", 6, 1 << 33, 1 << 43, LOW_ADDRESS)
+    try_slot(lab, m, "size_256GiB", 6, 1 << 38, 1 << 38, LOW_ADDRESS)
+    try_slot(lab, m, "size_8TiB_minus_page", 6, 1 << 33, (1 << 43) - PAGE, LOW_ADDRESS)
+    try_slot(lab, m, "size_8TiB", 6, 1 << 33, 1 << 43, LOW_ADDRESS)
     lab.step("size_2^63", m.slot(7, 0, 1 << 63, LOW_ADDRESS))
 
 

@@ -97,8 +97,13 @@ void helper_write_crN_x86_64(struct CPUX86State *env, int reg, u64 value)
         break;
     case 8:
         bad = value & ~0xfull ? -1 : 0;
-        if (!bad)
-            v->cr8 = value;
+        if (bad)
+            break;
+        if (value < v->cr8) { /* cr8_write_interception(): user space has the APIC, and interrupts it may now inject */
+            v->exit.kind = AK_EXIT_SET_TPR;
+            ak_kick(v);
+        }
+        v->cr8 = value;
         break;
     default:
         bad = -1;

@@ -12,9 +12,10 @@ u32 ak_alone_cflags(const struct ak_vcpu *v)
     return 1 | (v->emulate_alone ? CF_ALONE : 0);
 }
 
-/* Whether KVM's emulator has this instruction, as an access to device memory: its tables lack x87 and SSE arithmetic, and
- * its FXSAVE and FXRSTOR take memory only. Sources: opcode_table, twobyte_table of arch/x86/kvm/emulate.c. */
-static bool kvm_emulates(const u8 *code, u32 size, bool mode64)
+/* Whether KVM's emulator has this instruction, as an access to device memory: its tables lack x87 and SSE arithmetic, its
+ * FXSAVE and FXRSTOR take memory only, and its IRET is real mode's. Sources: opcode_table, twobyte_table and em_iret() of
+ * arch/x86/kvm/emulate.c. */
+static bool kvm_emulates(const u8 *code, u32 size, bool mode64, bool protected)
 {
     u32 n = 0;
     for (; n < size; n++) {
@@ -24,6 +25,8 @@ static bool kvm_emulates(const u8 *code, u32 size, bool mode64)
         if (!prefix)
             break;
     }
+    if (n < size && code[n] == 0xcf && protected)
+        return false;
     if (n + 2 > size)
         return true; /* not enough seen to say no */
     u8 op = code[n], second = code[n + 1], group = (second >> 3) & 7;
@@ -78,7 +81,8 @@ void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr)
     u8 bytes[15];
     v->translating = 0;
     cpu_restore_state_x86_64(v->cpu, retaddr, true);
-    if (!kvm_emulates(bytes, ak_instruction_bytes(v, bytes), v->env->hflags & HF_CS64_MASK))
+    u32 size = ak_instruction_bytes(v, bytes);
+    if (!kvm_emulates(bytes, size, v->env->hflags & HF_CS64_MASK, v->env->cr[0] & CR0_PE))
         ak_emulate_failed(v, 0);
     v->emulation = AK_ARMED;
     v->emulate_reached = 0;
@@ -154,8 +158,9 @@ void ak_answer_read(struct ak_vcpu *v)
         stop_emulating(v);
         return;
     }
-    memcpy(&v->log[v->nlog].data, v->run->mmio.data, 8);
-    v->nlog++;
+    struct ak_access_log *answer = &v->log[v->nlog++];
+    answer->data = 0; /* what user space left behind the bytes it was asked for is no part of the answer */
+    memcpy(&answer->data, v->run->mmio.data, answer->size < 8 ? answer->size : 8);
 }
 
 /* The emulated instruction has an answer for its next read, and it is in this page. */

@@ -58,6 +58,7 @@ enum ak_exit_kind {
     AK_EXIT_HYPERCALL,    /* VMCALL/VMMCALL */
     AK_EXIT_DIRTY_FULL,   /* the dirty ring is at its soft limit */
     AK_EXIT_ENGINE,       /* the engine could not go on; err */
+    AK_EXIT_SET_TPR,      /* MOV to CR8 has lowered the task priority */
     AK_EXIT_HWPOISON,     /* a poisoned page of ordinary memory: SIGBUS for this thread, at hva */
 };
 

@@ -51,6 +51,7 @@ enum { R_ES, R_CS, R_SS, R_DS, R_FS, R_GS };
 #define EFER_LME (1u << 8)
 #define EFER_LMA (1u << 10)
 #define EFER_NXE (1u << 11)
+#define EFER_SUPPORTED (EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE)
 #define RFLAGS_TF (1u << 8)
 #define RFLAGS_IF (1u << 9)
 #define RFLAGS_DF (1u << 10)
@@ -63,6 +64,7 @@ enum { R_ES, R_CS, R_SS, R_DS, R_FS, R_GS };
 #define EXCP_DB 1
 #define EXCP_UD 6
 #define EXCP_DF 8
+#define EXCP_NP 11
 #define EXCP_GP 13
 #define EXCP_PF 14
 #define EXCP_AC 17

@@ -26,6 +26,14 @@ void helper_raise_interrupt_x86_64(struct CPUX86State *env, int vector, int next
     raise_interrupt_x86_64(env, vector, 1, 0, next_eip_addend);
 }
 
+/* Replaced: in long mode the stock engine gives the error code of a bad gate as 16 times its vector, the size of the gate,
+ * where the processor gives the gate's index, 8 times it (do_interrupt64()). Bit 1 says that it is a gate. */
+void raise_exception_err_x86_64(struct CPUX86State *env, int vector, int error_code)
+{
+    bool gate = (vector == EXCP_NP || vector == EXCP_GP) && (error_code & 2) && (env->efer & EFER_LMA);
+    raise_exception_err_ra_x86_64(env, vector, gate ? (error_code >> 1 & ~7) | (error_code & 7) : error_code, 0);
+}
+
 static void deliver(struct ak_vcpu *v, void (*how)(struct ak_vcpu *))
 {
     v->delivering = 1;
@@ -123,7 +131,8 @@ bool ak_sse_boundary(struct ak_vcpu *v);
 void ak_finish_string_in(struct ak_vcpu *v);
 
 /* Replaces the engine's interrupt hook: called between blocks while interrupt_request is set, in the order KVM has:
- * the emulated instruction first, then NMI, then an injected interrupt, then the interrupt window. */
+ * the emulated instruction first, then an injected interrupt, then NMI, whose handler so runs first, then the interrupt
+ * window. */
 _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
 {
     struct ak_vcpu *v = ak_current;
@@ -148,6 +157,11 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     }
     if (v->single_step_sse)
         taken = ak_sse_boundary(v);
+    if (v->event.irq_injected) { /* whatever IF says: user space was told when it may ask (kvm_queue_interrupt()) */
+        deliver(v, deliver_irq);
+        v->event.irq_injected = 0;
+        taken = true;
+    }
     if (v->event.nmi_pending && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
         v->event.nmi_injected = 1;
         v->env->hflags2 |= HF2_NMI_MASK;
@@ -156,11 +170,7 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
         taken = true;
     }
     bool open = (v->env->eflags & RFLAGS_IF) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
-    if (v->event.irq_injected && (open || v->delivering)) {
-        deliver(v, deliver_irq);
-        v->event.irq_injected = 0;
-        taken = true;
-    } else if (open && v->run->request_interrupt_window) {
+    if (open && !taken && v->run->request_interrupt_window && v->exit.kind == AK_EXIT_NONE) {
         v->exit.kind = AK_EXIT_IRQ_WINDOW;
         cpu->exit_request = 1;
     }

@@ -161,8 +161,10 @@ static void get_xsave(struct ak_vcpu *v, struct xsave *x)
 /* fpu_copy_uabi_to_guest_fpstate(): a component that is not in xstate_bv gets its initial value. */
 static int set_xsave(struct ak_vcpu *v, const struct xsave *x)
 {
-    struct kvm_fpu f = {.fcw = 0x37f, .mxcsr = x->mxcsr}; /* MXCSR belongs to no component */
-    if ((x->xstate_bv & ~(XFEATURE_FP | XFEATURE_SSE)) || x->xcomp_bv || (x->mxcsr & ~MXCSR_MASK))
+    struct kvm_fpu f = {.fcw = 0x37f, .mxcsr = x->xstate_bv & XFEATURE_SSE ? x->mxcsr : 0x1f80};
+    if ((x->xstate_bv & ~(XFEATURE_FP | XFEATURE_SSE)) || x->xcomp_bv)
+        return -EINVAL;
+    if ((x->xstate_bv & XFEATURE_SSE) && (x->mxcsr & ~MXCSR_MASK))
         return -EINVAL;
     for (unsigned i = 0; i < sizeof x->header_reserved / sizeof *x->header_reserved; i++)
         if (x->header_reserved[i])
@@ -222,6 +224,7 @@ static int set_debugregs(struct ak_vcpu *v, const struct kvm_debugregs *d)
         helper_set_dr_x86_64(v->env, i, d->db[i]);
     helper_set_dr_x86_64(v->env, 6, d->dr6);
     helper_set_dr_x86_64(v->env, 7, d->dr7);
+    v->env->dr[6] = d->dr6; /* with no bit forced: what was set is what KVM_GET_DEBUGREGS gives */
     ak_current = NULL;
     return 0;
 }
@@ -232,6 +235,8 @@ static int get_msrs(struct ak_vcpu *v, struct kvm_msrs *m)
     u32 i = 0;
     while (i < m->nmsrs && !ak_msr_get(v, m->entries[i].index, (u64 *)&m->entries[i].data, true))
         i++;
+    if (i < m->nmsrs)
+        m->entries[i].data = 0; /* kvm_do_msr_access(): what could not be read is 0 */
     return (int)i;
 }
 

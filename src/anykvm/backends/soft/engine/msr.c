@@ -57,8 +57,8 @@ AT(mcg_status, v->msr.mcg_status)
 AT(mtrr_def, v->msr.mtrr_def)
 
 static const struct plain plains[] = {
-    {MSR_SYSENTER_ESP, at_sysenter_esp, 0, true},
-    {MSR_SYSENTER_EIP, at_sysenter_eip, 0, true},
+    {MSR_SYSENTER_ESP, at_sysenter_esp, 0, false},
+    {MSR_SYSENTER_EIP, at_sysenter_eip, 0, false},
     {MSR_STAR, at_star, 0, false},
     {MSR_LSTAR, at_lstar, 0, true},
     {MSR_CSTAR, at_cstar, 0, true},
@@ -131,11 +131,17 @@ static bool valid_pat(u64 value)
     return true;
 }
 
+/* valid_mtrr_type(): UC, WC, WT, WP, WB. */
+static bool valid_memory_type(u64 type)
+{
+    return type < 8 && (0x73 >> type & 1);
+}
+
 static int set_efer(struct ak_vcpu *v, u64 value, bool host)
 {
     struct CPUX86State *env = v->env;
     u64 old = env->efer;
-    if (!host && (value & ak_efer_reserved(v)))
+    if (value & (host ? ~(u64)EFER_SUPPORTED : ak_efer_reserved(v)))
         return -1;
     if ((env->cr[0] & CR0_PG) && ((old ^ value) & EFER_LME) && !host)
         return -1;
@@ -153,6 +159,10 @@ int ak_msr_set(struct ak_vcpu *v, u32 index, u64 value, bool host)
     if (p) {
         if ((value & p->reserved) || (p->address && !canonical(value)))
             return -1;
+        if (index == MSR_MTRR_DEF && !valid_memory_type(value & 0xff))
+            return -1;
+        if (index == MSR_SYSENTER_ESP || index == MSR_SYSENTER_EIP)
+            value = (u32)value; /* AMD's have 32 bits; Intel's processors only keep more (svm_set_msr()) */
         *p->at(v) = value;
         return 0;
     }

@@ -1,5 +1,5 @@
 /* Port I/O. IN and OUT leave with RIP at the instruction; the next KVM_RUN completes them (complete_fast_pio_in/out):
- * merge the value, skip the instruction, unless the caller moved RIP. String forms are KVM's emulator's: OUTS one item
+ * merge the value, skip the instruction, unless the caller moved RIP. OUT to port 0x7e is past itself at its exit already. String forms are KVM's emulator's: OUTS one item
  * an exit with registers written back; INS as many items as fit into the page of the destination. */
 #include "engine_internal.h"
 #include <errno.h>
@@ -7,6 +7,7 @@
 
 #define PIO_PAGE 4096 /* KVM_PIO_PAGE_OFFSET in bytes */
 #define INS_BUFFER 1024
+#define QUIRK_PORT 0x7e
 
 #define MMU_KNOSMAP_IDX 2
 
@@ -63,6 +64,16 @@ static void check_io(struct ak_vcpu *v, u32 port, u32 size, uintptr_t retaddr)
     ak_raise(v, EXCP_GP, 0, retaddr);
 }
 
+/* kvm_skip_emulated_instruction() */
+static void skip_pio(struct ak_vcpu *v)
+{
+    v->env->eip += v->pio_len;
+    if (!(v->env->hflags & HF_CS64_MASK))
+        v->env->eip = (u32)v->env->eip;
+    v->env->hflags &= ~HF_INHIBIT_IRQ_MASK;
+    v->env->eflags &= ~(u64)RFLAGS_RF;
+}
+
 static void __attribute__((noreturn)) pio_exit(struct ak_vcpu *v, u32 port, u32 data, u32 size, bool in, uintptr_t ra)
 {
     check_io(v, port, size, ra);
@@ -79,7 +90,10 @@ static void __attribute__((noreturn)) pio_exit(struct ak_vcpu *v, u32 port, u32 
         memset(pio_data(v), 0, size); /* an answer that is not given is 0 */
     else
         memcpy(pio_data(v), &data, size);
-    v->completion = AK_COMPLETE_PIO;
+    if (port == QUIRK_PORT && !in)
+        skip_pio(v); /* KVM_X86_QUIRK_OUT_7E_INC_RIP: RIP is past it at the exit */
+    else
+        v->completion = AK_COMPLETE_PIO;
     ak_leave(v, AK_EXIT_IO, 0);
 }
 
@@ -108,11 +122,7 @@ void ak_complete_pio(struct ak_vcpu *v)
         u64 mask = v->pio_size == 4 ? ~0ull : (1ull << (8 * v->pio_size)) - 1;
         v->env->regs[R_EAX] = (v->env->regs[R_EAX] & ~mask) | data;
     }
-    v->env->eip += v->pio_len;
-    if (!(v->env->hflags & HF_CS64_MASK))
-        v->env->eip = (u32)v->env->eip;
-    v->env->hflags &= ~HF_INHIBIT_IRQ_MASK;
-    v->env->eflags &= ~(u64)RFLAGS_RF;
+    skip_pio(v);
 }
 
 /* -- string forms ------------------------------------------------------------------------------------------------- */
@@ -254,7 +264,7 @@ static u32 ins_items(struct ak_vcpu *v, const struct string_io *s)
                                  : (AK_PAGE_SIZE - (v->env->regs[R_EDI] & ~AK_PAGE_MASK)) / s->size;
     u64 n = count < INS_BUFFER / s->size ? count : INS_BUFFER / s->size;
     n = in_page < n ? in_page : n;
-    return v->env->df < 0 ? 1 : n ? (u32)n : 1;
+    return n ? (u32)n : 1;
 }
 
 /* INS or OUTS at RIP (the decoder was shown UD2 in its place). Privilege first, then the exit. */
@@ -299,9 +309,16 @@ void ak_finish_string_in(struct ak_vcpu *v)
     if (left < items) /* the caller changed RCX between the exits */
         items = (u32)left;
     v->nfragments = v->fragment = 0;
-    if (items)
-        guest_copy(v, string_address(v, &s), pio_data(v), items * s.size, true);
-    advance(v, &s, items);
+    if (v->env->df < 0) /* one by one, to lower and lower addresses */
+        for (u32 i = 0; i < items; i++) {
+            guest_copy(v, string_address(v, &s), pio_data(v) + i * s.size, s.size, true);
+            advance(v, &s, 1);
+        }
+    else {
+        if (items)
+            guest_copy(v, string_address(v, &s), pio_data(v), items * s.size, true);
+        advance(v, &s, items);
+    }
     if (v->nfragments)
         v->exit.kind = AK_EXIT_MMIO;
 }

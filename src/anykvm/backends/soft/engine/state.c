@@ -107,7 +107,6 @@ void ak_get_sregs(struct ak_vcpu *v, struct kvm_sregs *s)
 }
 
 #define CR4_SUPPORTED (0x7ffull | CR4_FSGSBASE | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP)
-#define EFER_SUPPORTED (EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE)
 
 /* kvm_is_valid_sregs(), kvm_set_apic_base(): -EINVAL, and nothing is changed. Before KVM_SET_CPUID2 every CR4 bit there
  * is may be set; EFER is never compared with CPUID here. */
@@ -146,9 +145,10 @@ int ak_set_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
     ak_update_hflags(v);
     tlb_flush_x86_64(v->cpu);
     for (u32 i = 0; i < 256; i++)
-        if (s->interrupt_bitmap[i / 64] >> (i % 64) & 1) {
+        if (s->interrupt_bitmap[i / 64] >> (i % 64) & 1) { /* the first, and no other */
             v->event.irq_injected = 1;
             v->event.irq_vector = (u8)i;
+            break;
         }
     return 0;
 }

@@ -104,10 +104,16 @@ void ak_exit_internal(struct ak_vcpu *v, u32 suberror)
     memset(run->internal.data, 0, sizeof run->internal.data);
     run->internal.suberror = suberror;
     run->internal.ndata = suberror == KVM_INTERNAL_ERROR_DELIVERY_EV ? 5 : 6;
-    if (suberror == KVM_INTERNAL_ERROR_DELIVERY_EV)
+    if (suberror == KVM_INTERNAL_ERROR_DELIVERY_EV) {
         run->internal.data[3] = v->exit.gpa;
-    else if ((run->emulation_failure.insn_size = (u8)ak_instruction_bytes(v, run->emulation_failure.insn_bytes))) {
+        return;
+    }
+    u8 bytes[15], n = (u8)ak_instruction_bytes(v, bytes);
+    if (n) {
         run->emulation_failure.flags = KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES;
+        run->emulation_failure.insn_size = n;
+        memset(run->emulation_failure.insn_bytes, 0x90, sizeof run->emulation_failure.insn_bytes); /* NOP, as KVM has it */
+        memcpy(run->emulation_failure.insn_bytes, bytes, n);
         run->internal.ndata = 8;
     }
 }

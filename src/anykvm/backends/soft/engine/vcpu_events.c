@@ -24,7 +24,7 @@ void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
     e->nmi.injected = v->event.nmi_injected;
     e->nmi.pending = v->event.nmi_pending;
     e->nmi.masked = !!(v->env->hflags2 & HF2_NMI_MASK);
-    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM;
 }
 
 /* 0 or -EINVAL: unknown flags, an exception number above 31 or NMI, system management mode. */
