@@ -1,4 +1,4 @@
-"""The oracle's records: against the golden file; soft and this machine's KVM against them; see ``records_scope.toml``."""
+"""The oracle's records: the golden file, soft, and this machine's KVM against them; ``records_scope.toml`` says how."""
 
 from __future__ import annotations
 
