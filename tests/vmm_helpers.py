@@ -55,7 +55,7 @@ def record_on_soft(profile: str, names: Iterable[str], seconds: float, folder: P
     output = folder / "soft.jsonl"
     command = [sys.executable, "-m", "anykvm.conformance.record", "--backend", "soft", "--profile", profile]
     command += ["--timeout", str(seconds), "--jobs", "2", "--output", str(output)]
-    subprocess.run([*command, *(name for name in names if not load()[name].intrusive)], check=True, timeout=200)
+    subprocess.run([*command, *(name for name in names if not load()[name].intrusive)], check=True, timeout=900)
     return by_scenario(read_records(output))
 
 

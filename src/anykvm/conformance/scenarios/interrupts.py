@@ -14,7 +14,7 @@ from anykvm.conformance.host import PAGE, inaccessible
 from anykvm.conformance.layout import TEST
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.modes import catch_error_code
-from anykvm.conformance.outcome import attempt
+from anykvm.conformance.outcome import Outcome, attempt
 from anykvm.conformance.scenario import Lab, scenario
 
 AREA = "interrupts"
@@ -29,11 +29,12 @@ _LOWER_CR8: Final = bytes.fromhex(
     "b809000000440f22c0b805000000440f22c0e610f4"
 )  # mov eax, 9; mov cr8, rax; mov eax, 5; mov cr8, rax; out 0x10, al; hlt
 _SHORT: Final = 0.1
+"""Seconds for what does not end by itself."""
+_LONG: Final = 2.0
 
 
-def _interrupt(lab: Lab, m: Machine, step: str, irq: int) -> None:
-    request = kvm_interrupt(irq)
-    lab.ioctl(step, m.vcpu, n.KVM_INTERRUPT, request)
+def _interrupt(lab: Lab, m: Machine, step: str, irq: int) -> Outcome:
+    return lab.ioctl(step, m.vcpu, n.KVM_INTERRUPT, kvm_interrupt(irq))
 
 
 @scenario("interrupt_numbers", area=AREA)
@@ -42,13 +43,13 @@ def interrupt_numbers(lab: Lab) -> None:
     m = lab.machine()
     for irq in (255, 256, 0xFFFFFFFF, 0):
         m.at(code.SPIN, rflags=_OPEN)
-        _interrupt(lab, m, f"irq_{irq:#x}", irq)
-        m.run("run", timeout=_SHORT)
+        queued = _interrupt(lab, m, f"irq_{irq:#x}", irq)
+        m.run("run", timeout=_SHORT if queued.failed else _LONG)
     m.at(code.SPIN, rflags=_OPEN)
     _interrupt(lab, m, "first", 0x40)
     _interrupt(lab, m, "second", 0x50)
     lab.note("queued", nr=m.vcpu.get_vcpu_events().interrupt.nr)
-    m.run("which", timeout=_SHORT)
+    m.run("which")
 
 
 @scenario("interrupt_while_closed", area=AREA)
@@ -59,7 +60,7 @@ def interrupt_while_closed(lab: Lab) -> None:
     m.run("out")
     lab.note("told", ready=m.run_page.ready_for_interrupt_injection, if_flag=m.run_page.if_flag)
     _interrupt(lab, m, "interrupt", 0x40)
-    m.run("injected", timeout=_SHORT)
+    m.run("injected")
 
 
 @scenario("interrupt_with_irqchip", area=AREA, needs=("irqchip",))
@@ -78,15 +79,15 @@ def interrupt_with_irqchip(lab: Lab) -> None:
 def window_shadow(lab: Lab) -> None:
     """The window opens with IF, after the instruction that follows STI, and not before."""
     m = lab.machine()
-    for step, guest, rflags in (
-        ("open_already", code.SPIN, _OPEN),
-        ("sti", _STI_NOP, 2),
-        ("closed", code.SPIN, 2),
-        ("cli", _CLI, _OPEN),
+    for step, guest, rflags, timeout in (
+        ("open_already", code.SPIN, _OPEN, _LONG),
+        ("sti", _STI_NOP, 2, _LONG),
+        ("closed", code.SPIN, 2, _SHORT),
+        ("cli", _CLI, _OPEN, _LONG),
     ):
         m.at(guest, rflags=rflags)
         m.run_page.request_interrupt_window = 1
-        m.run(step, timeout=_SHORT)
+        m.run(step, timeout=timeout)
         m.run_page.request_interrupt_window = 0
 
 
@@ -98,7 +99,7 @@ def window_at_exits(lab: Lab) -> None:
         m.at(guest, rflags=rflags, rax=layout.DATA_SELECTOR)
         m.run_page.request_interrupt_window = 1
         for _ in range(3):
-            m.run(step, timeout=_SHORT)
+            m.run(step)
         m.run_page.request_interrupt_window = 0
 
 
@@ -124,8 +125,8 @@ def window_and_queued(lab: Lab) -> None:
     m.at(code.SPIN, rflags=_OPEN)
     _interrupt(lab, m, "interrupt", 0x40)
     m.run_page.request_interrupt_window = 1
-    m.run("handler", timeout=_SHORT)
-    m.run("handler_halts", timeout=_SHORT)
+    m.run("handler")
+    m.run("handler_halts")
     m.run_page.request_interrupt_window = 0
 
 
@@ -136,10 +137,10 @@ def nmi(lab: Lab) -> None:
     m.memory.put(layout.HANDLERS + 32, bytes.fromhex("e6e1 48cf").ljust(16, b"\0"))  # out 0xe1, al; iretq
     m.at(code.SPIN)
     lab.step("NMI", attempt(m.vcpu.nmi))
-    m.run("handler", timeout=_SHORT)
+    m.run("handler")
     lab.note("masked", masked=m.vcpu.get_vcpu_events().nmi.masked)
     lab.step("NMI_again", attempt(m.vcpu.nmi))
-    m.run("after_iret", timeout=_SHORT)
+    m.run("after_iret")
     m.run("spins", timeout=_SHORT)
 
 
@@ -150,7 +151,7 @@ def nmi_before_interrupt(lab: Lab) -> None:
     m.at(code.SPIN, rflags=_OPEN)
     lab.step("NMI", attempt(m.vcpu.nmi))
     _interrupt(lab, m, "interrupt", 0x40)
-    m.run("first", timeout=_SHORT)
+    m.run("first")
     events = m.vcpu.get_vcpu_events()
     lab.note("left", nmi=events.nmi.pending, irq=events.interrupt.injected)
 
@@ -164,7 +165,7 @@ def injected_exceptions(lab: Lab) -> None:
             catch_error_code(m, vector)
         m.at(code.SPIN)
         _inject(lab, m, vector, has_code)
-        m.run(f"vector_{vector}", timeout=_SHORT)
+        m.run(f"vector_{vector}")
     m.at(code.OUT_OUT)
     _inject(lab, m, 6, 0)
     m.registers()
@@ -190,7 +191,7 @@ def hlt(lab: Lab) -> None:
     m.at(_HLT, rflags=_OPEN)
     m.run("halted_again")
     _interrupt(lab, m, "interrupt", 0x40)
-    m.run("handler", timeout=_SHORT)
+    m.run("handler")
 
 
 @scenario("set_tpr", area=AREA)
