@@ -8,7 +8,7 @@ from typing import Any, Final
 import capstone
 from capstone import x86_const as c
 
-from anykvm.layers.annotate.cause import Access
+from anykvm.layers.annotate.access import Access
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.operand import Operand
 

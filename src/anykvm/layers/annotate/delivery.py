@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anykvm.layers.annotate.cause import Access
+from anykvm.layers.annotate.access import Access
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.implicit import descriptor
 from anykvm.layers.annotate.memory import GuestPhysical

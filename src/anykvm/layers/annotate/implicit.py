@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from anykvm.layers.annotate import decode as d
-from anykvm.layers.annotate.cause import Access
+from anykvm.layers.annotate.access import Access
 from anykvm.layers.annotate.cpu import RFLAGS_OF, Cpu
 from anykvm.layers.annotate.operand import Operand
 

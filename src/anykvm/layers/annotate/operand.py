@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from anykvm.layers.annotate.cause import Access
+from anykvm.layers.annotate.access import Access
 
 
 class Operand(NamedTuple):
