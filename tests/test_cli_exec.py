@@ -94,10 +94,11 @@ def test_memory_fault_has_its_code_and_says_where():
 
 
 @pytest.mark.parametrize(
-    "accident", [("--unmap", "0x5000"), ("--no-access", "0x5000"), ("--read-only", "0x5000"), ("--beyond-file", "0x5000")]
+    "accident",
+    [("--unmap", "0x5000"), ("--no-access", "0x5000"), ("--read-only", "0x5000"), ("--beyond-file", "0x5000")],
 )
 def test_host_memory_taken_away(accident: tuple[str, str]):
-    done = soft(image("a20050 f4"), *accident)  # mov [0x5000],al; hlt
+    done = soft(image("a20050 f4"), "--load", "0x1000", *accident)  # mov [0x5000],al; hlt
     assert_one_line(done, 5, "memory fault gpa=0x5000 size=0x1000 flags=0 errno=EFAULT")
 
 

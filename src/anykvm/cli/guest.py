@@ -73,9 +73,7 @@ LoadOption = Annotated[
 EntryOption = Annotated[
     int | None, typer.Option("--entry", parser=number, metavar="GPA", help="The first instruction [the image's own].")
 ]
-MemoryOption = Annotated[
-    int, typer.Option("--memory", parser=number, metavar="SIZE", help="Guest memory, from 0 on.")
-]
+MemoryOption = Annotated[int, typer.Option("--memory", parser=number, metavar="SIZE", help="Guest memory, from 0 on.")]
 NoAccessOption = _ranges("--no-access", "--hole", help="Map these pages PROT_NONE: no access is possible.")
 ReadOnlyOption = _ranges("--read-only", help="Map these pages PROT_READ: a write is not possible.")
 UnmapOption = _ranges("--unmap", help="Unmap these pages: the host has nothing there.")
