@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,20 +26,20 @@ if TYPE_CHECKING:
     from anykvm.cli.explanation import Report
     from anykvm.layers.annotate import Annotate
 
-HELP = """Run IMAGE until KVM_RUN fails with EFAULT, and explain which guest access it was and why the host refused it.
+HELP = """Run IMAGE until KVM_RUN fails with EFAULT; explain which guest access it was and why the host refused it.
 
 IMAGE and its machine are as in `anykvm exec`. The options that take host memory away make the failure. The explanation
-goes to stdout, the guest's exits and output to stderr. It is worked out from the registers, the instruction, the guest's
-page tables, the memslots and the host's mappings, and takes no help from the backend; where KVM itself annotates the
-failure (kvm_run.memory_fault), the two are compared.
+goes to stdout, the guest's exits and output to stderr. It is worked out from the registers, the instruction, the
+guest's page tables, the memslots and the host's mappings, and takes no help from the backend; where KVM itself
+annotates the failure (kvm_run.memory_fault), the two are compared.
 
 The backend is soft unless another is asked for, with profile linux-7.3, which fails as that kernel: a bare EFAULT.
 Profile documented annotates.
 
-Exit codes: 0 one cause was found, and KVM's own annotation, if there is one, agrees; 1 none was found, or it is not the
-page that KVM names; 2 wrong usage or image; 3 no usable backend; 4 shutdown; 6 internal error or an exit not served here;
-7 KVM_RUN failed with another errno; 8 --max-exits reached; 10 several causes are possible, all are listed; 11 the guest
-halted, there is nothing to explain; 124 --timeout over; 130 interrupted; 143 terminated."""
+Exit codes: 0 one cause was found, and KVM's own annotation, if there is one, agrees; 1 none was found, or it is not
+the page that KVM names; 2 wrong usage or image; 3 no usable backend; 4 shutdown; 6 internal error or an exit not
+served here; 7 KVM_RUN failed with another errno; 8 --max-exits reached; 10 several causes are possible, all are
+listed; 11 the guest halted, there is nothing to explain; 124 --timeout over; 130 interrupted; 143 terminated."""
 
 _PROFILE = "linux-7.3"
 
@@ -57,7 +56,7 @@ def explain(
     beyond_file: guest.BeyondFileOption = None,
     max_exits: guest.MaxExitsOption = None,
     timeout: guest.TimeoutOption = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not list the exits on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the explanation: no exits, no output.")] = False,
     json: JsonOption = False,
     backend: BackendOption = "soft",
     profile: ProfileOption = None,
@@ -96,12 +95,15 @@ def _run(layer: Annotate, vcpu: Vcpu, wanted: guest.Settings, quiet: bool) -> Re
     """Run to the failure. Fails in one line if the guest ends otherwise."""
     from anykvm.cli.explanation import Report
 
+    output = _Output(quiet)
     try:
-        end = guest.run(vcpu, wanted, _emit, quiet)
+        end = guest.run(vcpu, wanted, output.emit, quiet)
     except OSError as error:
         if error.errno != errno.EFAULT:
             raise
         return Report(layer, errno.EFAULT, vcpu.kvm_run.exit_reason, None, getattr(error, "cause", None))
+    finally:
+        output.flush()
     if isinstance(end, MemoryFault):
         return Report(layer, end.errno, vcpu.kvm_run.exit_reason, end, layer.explain(vcpu.fileno()))
     raise _nothing(end)
@@ -126,6 +128,24 @@ def _finish(report: Report) -> None:
         raise typer.Exit(ExitCode.AMBIGUOUS)
 
 
-def _emit(data: bytes) -> None:
-    sys.stderr.buffer.write(data)
-    sys.stderr.buffer.flush()
+class _Output:
+    """The guest's output, a line of stderr for each of its lines: stdout is for the explanation."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._held = b""
+
+    def emit(self, data: bytes) -> None:
+        self._held += data
+        while (end := self._held.find(b"\n")) >= 0:
+            self._show(self._held[: end + 1])
+            self._held = self._held[end + 1 :]
+
+    def flush(self) -> None:
+        if self._held:
+            self._show(self._held)
+            self._held = b""
+
+    def _show(self, line: bytes) -> None:
+        if not self._quiet:
+            guest.say(f"output {line.decode('utf-8', 'backslashreplace')!r}")

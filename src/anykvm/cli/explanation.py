@@ -70,13 +70,7 @@ def text(report: Report) -> str:
 
 def _block(label: str, lines: Iterable[str]) -> list[str]:
     """Put a label in front of the first line, and as much space in front of the others."""
-    return [f"{label if first else '':{_LABEL}}{line}" for first, line in zip(_first(), lines, strict=False)]
-
-
-def _first() -> Iterable[bool]:
-    yield True
-    while True:
-        yield False
+    return [f"{'' if number else label:{_LABEL}}{line}" for number, line in enumerate(lines)]
 
 
 def _reason(cause: Cause) -> list[str]:
@@ -91,9 +85,7 @@ def _kvm(report: Report) -> list[str]:
     failed = f"KVM_RUN failed with {errno_name(report.errno)}, exit_reason {exit_name(report.exit_reason)}"
     if report.annotation is None:
         return [*lines, f"{failed}: memory_fault is not valid"]
-    verdict = {True: "the same page", False: "ANOTHER PAGE", None: "no cause was found to compare it with"}[
-        report.agrees
-    ]
+    verdict = {True: "the same page", False: "ANOTHER PAGE", None: "nothing was found to compare"}[report.agrees]
     return [*lines, failed, f"KVM annotated it: {describe(report.annotation)}: {verdict}"]
 
 
@@ -111,10 +103,8 @@ def _registers(cause: Cause) -> list[str]:
     lines += [" ".join(f"{name}={cpu[name]:x}" for name in ("cr0", "cr2", "cr3", "cr4", "efer"))]
     segments = [_segment(name, cpu[name]) for name in ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldt")]
     lines += ["  ".join(segments[at : at + 2]) for at in range(0, len(segments), 2)]
-    return [
-        *lines,
-        "  ".join(f"{name:>3} base {cpu[name]['base']:x} limit {cpu[name]['limit']:x}" for name in ("gdt", "idt")),
-    ]
+    tables = [f"{name:>3} base {cpu[name]['base']:x} limit {cpu[name]['limit']:x}" for name in ("gdt", "idt")]
+    return [*lines, "  ".join(tables)]
 
 
 def _segment(name: str, segment: dict[str, int]) -> str:
@@ -146,7 +136,7 @@ def _suspect(suspect: Suspect, cause: Cause) -> list[str]:
     return [
         *_block("page walk", _walk(suspect, cause)),
         *_block("memslot", [place]),
-        *_block("host", [f"hva {suspect.hva:#x}: {host}"]),
+        *_block("vma", [f"hva {suspect.hva:#x}: {host}"]),
         *_block("touch", [suspect.touch]),
     ]
 
@@ -167,8 +157,9 @@ def _entry(entry: Entry) -> str:
         return f"{where}  cannot be read"
     if not entry.value & 1:
         return f"{where}  {entry.value:#x} not present"
+    return f"{where}  {entry.value:#x} {', '.join(['present', *_bits(entry.level, entry.value)])}"
+
+
+def _bits(level: str, value: int) -> list[str]:
     # The bit for a large page is another one in a PTE.
-    bits = [
-        name for bit, name in _ENTRY_FLAGS.items() if entry.value & bit and not (bit == 0x80 and entry.level == "PTE")
-    ]
-    return f"{where}  {entry.value:#x} {', '.join(['present', *bits])}"
+    return [name for bit, name in _ENTRY_FLAGS.items() if value & bit and (level, bit) != ("PTE", 0x80)]

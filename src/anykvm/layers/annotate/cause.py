@@ -30,7 +30,7 @@ class Look:
     gpa: int | None
     """Where that leads; None if the walk ends before."""
     outcome: str
-    """``granted``, ``refused``; or why the page is not asked for, and the instruction ends there."""
+    """In words: ``granted``, ``refused``; or why the page is not asked for, and the instruction ends there."""
     touch: str
     """What the host was asked and said; empty if it was not asked."""
 

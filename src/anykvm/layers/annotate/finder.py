@@ -13,7 +13,7 @@ from anykvm.layers.annotate.operand import Operand
 from anykvm.layers.annotate.walk import Entry, walk
 
 _CODE = "instruction"
-_GRANTED = "granted"
+_GRANTED, _REFUSED = "granted", "refused"
 
 
 class Finder:
@@ -117,17 +117,21 @@ class Finder:
 
     def _page(self, operand: Operand, linear: int, size: int) -> bool:
         found = walk(self._cpu, self._memory, linear, operand.access, operand.system)
+        refused = False
         for number, entry in enumerate(found.entries, 1):
             slot = self._memory.slot(entry.gpa)
             access = Access.READ if slot is not None and slot.read_only else Access.WRITE
             table = Operand(linear, entry.size, access, "page table")
-            self._check(table, entry.gpa, linear, entry.size, found.entries[:number])
+            how, _ = self._check(table, entry.gpa, linear, entry.size, found.entries[:number])
+            refused = refused or how == _REFUSED
         if found.gpa is None:
             outcome, touch = "a guest exception" if found.fault else "its page table cannot be read", ""
         else:
             outcome, touch = self._check(operand, found.gpa, linear, size, found.entries)
+        cached = refused and found.gpa is not None
+        shown = f"{outcome}, if its page table, which is refused, was cached" if cached else outcome
         entries = tuple(found.entries)
-        self._looks.append(Look(operand.role, operand.access, linear, size, entries, found.gpa, outcome, touch))
+        self._looks.append(Look(operand.role, operand.access, linear, size, entries, found.gpa, shown, touch))
         return outcome == _GRANTED
 
     def _check(self, operand: Operand, gpa: int, linear: int, size: int, entries: list[Entry]) -> tuple[str, str]:
@@ -148,4 +152,4 @@ class Finder:
             where = (slot.slot & 0xFFFF, hva, host.vma(hva))
             evidence = (slot, tuple(entries), answer.touch)
             self._found[page] = Suspect(gpa, size, operand.access, linear, operand.role, *where, answer.why, *evidence)
-        return "refused", answer.touch
+        return _REFUSED, answer.touch

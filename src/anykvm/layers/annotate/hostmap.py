@@ -51,7 +51,7 @@ class Answer(NamedTuple):
     why: str | None
     """Why it refuses the page, as the end of a sentence that begins with the address; None if it does not."""
     touch: str
-    """The guarded touch and its outcome, or why it was not made."""
+    """The guarded touch (madvise that populates the page) and its outcome, or why it was not made."""
 
 
 class HostMap:
@@ -94,17 +94,16 @@ class HostMap:
 
     def _judge(self, hva: int, write: bool) -> Answer:
         vma = self.vma(hva)
-        if vma is None:
-            return Answer("where nothing is mapped", "not made, nothing is mapped")
-        if (why := _forbidden(vma, write)) is not None:
-            return Answer(why, f"not made, the mapping's permissions are {vma.perms}")
-        if self._watched(vma):
-            return Answer(None, "not made, it could wait for a userfaultfd of this process")
+        if vma is not None and self._watched(vma):
+            return Answer(_forbidden(vma, write), "not made, it could wait for a userfaultfd of this process")
         advice, name = _POPULATE[write]
-        if not _madvise(hva, _PAGE, advice):
-            return Answer(None, f"{name}: done")
-        code = ctypes.get_errno()
-        touch = f"{name}: {errno_name(code)}"
+        code = ctypes.get_errno() if _madvise(hva, _PAGE, advice) else 0
+        touch = f"{name}: {errno_name(code) if code else 'done'}"
+        if vma is None:
+            return Answer("where nothing is mapped", touch)
+        why = _forbidden(vma, write)
+        if why is not None or not code:
+            return Answer(why, touch)
         if code == _EHWPOISON:
             return Answer(f"which is a poisoned page ({vma})", touch)
         if code == errno.EFAULT:
@@ -116,7 +115,7 @@ class HostMap:
         # Kernels before 5.14, and device memory: ask by reading.
         if self.peek(hva, 1) is not None:
             return Answer(None, f"{touch}; reading it: done")
-        return Answer(f"which cannot be read ({vma})", f"{touch}; reading it: EIO")
+        return Answer(f"which cannot be read ({vma})", f"{touch}; reading it: failed")
 
     def _watched(self, vma: Vma) -> bool:
         """Whether touching it might wait for a userfaultfd of this process, perhaps for this very thread."""
