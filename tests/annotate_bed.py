@@ -18,6 +18,7 @@ from types import TracebackType
 import anykvm
 from anykvm.abi.structures import kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events
 from anykvm.api import libc
+from anykvm.backends import Backend
 from anykvm.backends.soft import native
 from anykvm.backends.soft.files import FILES
 from anykvm.layers.annotate import Access, Annotate, Cause
@@ -94,9 +95,9 @@ class Result:
 class Bed:
     """One VM in long mode whose every page can be refused by the host."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, backend: Backend | None = None) -> None:
         self.random = random.Random(seed)
-        self.layer = Annotate(anykvm.backend("soft", "linux-7.3"))
+        self.layer = Annotate(backend or anykvm.backend("soft", "linux-7.3"))
         self.kvm = anykvm.open(self.layer)
         self.vm = self.kvm.create_vm()
         self.file = os.memfd_create("ram")
