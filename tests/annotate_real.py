@@ -22,10 +22,10 @@ import time
 from typing import Final
 
 import anykvm
+from annotate_bed import PAGE, Bed
 from anykvm import Intr
 from anykvm.api import libc
 from anykvm.layers.annotate import Access
-from annotate_bed import PAGE, Bed
 
 _SYS_USERFAULTFD: Final = 323
 # _IOWR and _IOR of <linux/userfaultfd.h>, whose type byte is 0xAA
@@ -157,7 +157,8 @@ class Score:
     def __str__(self) -> str:
         return (
             f"{self.faults} faults of {os.uname().release}, {len(self.wrong)} wrong, {self.ambiguous} ambiguous, "
-            f"{len(self.access)} with another kind of access, by role {dict(self.roles)}; {self.quiet} runs did not fault"
+            f"{len(self.access)} with another kind of access, by role {dict(self.roles)}; "
+            f"{self.quiet} runs did not fault"
         )
 
 

@@ -20,6 +20,7 @@ CR4_SMAP: Final = 1 << 21
 EFER_LMA: Final = 1 << 10
 EFER_NX: Final = 1 << 11
 RFLAGS_AC: Final = 1 << 18
+RFLAGS_NT: Final = 1 << 14
 RFLAGS_VM: Final = 1 << 17
 RFLAGS_OF: Final = 1 << 11
 

@@ -81,7 +81,7 @@ class Finder:
         if vector is not None:
             found = delivery.accesses(self._cpu, self._memory, vector, exception=False)
         else:
-            found = implicit.accesses(self._cpu, insn)
+            found = implicit.accesses(self._cpu, self._memory, insn)
             written = {operand.linear for operand in found if operand.access is Access.WRITE}
             if self._update_is_write or self._indivisible(insn, found):
                 found = [op for op in found if op.access is not Access.READ or op.linear not in written]
