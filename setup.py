@@ -19,6 +19,7 @@ WRAPPED = (
     "cpu_ldub_code",
     "gen_intermediate_code",
     "translator_loop",
+    "helper_into",
     "helper_lookup_tb_ptr",
     "tcg_gen_qemu_ld_i32",
     "tcg_gen_qemu_st_i32",
