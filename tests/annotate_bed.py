@@ -17,6 +17,7 @@ from types import TracebackType
 import anykvm
 from annotate_cases import templates
 from annotate_modes import AREAS, ARENA_GPA, MODES, PAGE, SELECTORS, Mode
+from anykvm.abi.constants import KVM_VCPUEVENT_VALID_SHADOW
 from anykvm.abi.structures import kvm_regs, kvm_sregs, kvm_vcpu_events
 from anykvm.api import libc
 from anykvm.backends import Backend
@@ -100,7 +101,8 @@ class Bed:
     def fill(self, pattern: bytes, places: dict[str, int]) -> None:
         """Pages full of a pattern, the page tables, and the descriptor tables."""
         self.view[:] = pattern * (self.size // len(pattern))
-        self.put("halt", 0, b"\xf4" * 2 * PAGE)
+        for name in ("code", "halt"):  # wherever the instruction goes, it ends
+            self.put(name, 0, b"\xf4" * 2 * PAGE)
         self.put("idt", places["idt"], self.mode.gates(self.random))
         self.put("gdt", places["gdt"], self.mode.descriptors())
         self.put("tss", places["tss"], self.mode.tss(places["tss kind"]))
@@ -209,7 +211,7 @@ class Bed:
     def events(self) -> kvm_vcpu_events:
         """What is being delivered: in most cases nothing."""
         r = self.random
-        events = kvm_vcpu_events()
+        events = kvm_vcpu_events(flags=KVM_VCPUEVENT_VALID_SHADOW)
         roll = r.random()
         if roll < 0.03:
             events.exception.injected = 1
@@ -239,7 +241,7 @@ class Bed:
         source = self.prepare()
         self.choose()
         try:
-            self.vcpu.run()
+            end = self.vcpu.run()
         except OSError as error:
             if error.errno == errno.EFAULT:
                 self._compare(source, getattr(error, "cause", None), result)
@@ -248,6 +250,14 @@ class Bed:
         finally:
             self.restore()
         result.skipped += 1
+        self.complete(end)
+
+    def complete(self, end: anykvm.Exit) -> None:
+        """Complete the instruction of a device access, so that the next run does not begin with that."""
+        self.vcpu.immediate_exit = True
+        while not isinstance(end, anykvm.Intr):
+            end = self.vcpu.run()
+        self.vcpu.immediate_exit = False
 
     def truth(self) -> native.Exit:
         """What the engine met."""

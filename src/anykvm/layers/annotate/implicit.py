@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from capstone import x86_const as c
+
 from anykvm.layers.annotate import decode as d
 from anykvm.layers.annotate import segments
 from anykvm.layers.annotate.access import Access
 from anykvm.layers.annotate.cpu import RFLAGS_OF, Cpu
 from anykvm.layers.annotate.memory import GuestPhysical
 from anykvm.layers.annotate.operand import Operand, pop, push
+from anykvm.layers.annotate.reading import read
 
 READ, WRITE = Access.READ, Access.WRITE
 _STRINGS: Final = {
@@ -45,7 +48,10 @@ def accesses(cpu: Cpu, memory: GuestPhysical, insn: Any) -> list[Operand]:
     mnemonic = d.name(insn)
     string = _string(cpu, insn, mnemonic)
     if string is not None:
-        return string
+        return string if mnemonic[:-1] not in ("ins", "outs") else _permission(cpu, memory, cpu.get("dx")) + string
+    if mnemonic in ("in", "out"):
+        port = insn.operands[mnemonic == "in"]
+        return _permission(cpu, memory, int(port.imm) & 0xFF if port.type == c.X86_OP_IMM else cpu.get("dx"))
     if mnemonic in ("xlatb", "xlat"):
         named = d.memory_operands(insn)
         segment = d.segment_of(insn, named[0].mem) if named else "ds"
@@ -78,6 +84,19 @@ def _string(cpu: Cpu, insn: Any, mnemonic: str) -> list[Operand] | None:
     if writes_target:
         found.append(Operand(target, size, WRITE, "operand", 2))
     return found
+
+
+def _permission(cpu: Cpu, memory: GuestPhysical, port: int) -> list[Operand]:
+    """What says whether a port may be used: the I/O permission bitmap in the TSS, where IOPL does not say so."""
+    level = cpu.regs.rflags >> 12 & 3
+    if not cpu.protected or (cpu.cpl <= level and not cpu.v86) or cpu.sregs.tr.limit < 0x67:
+        return []
+    at = cpu.system(cpu.sregs.tr.base, 0x66)
+    found = [Operand(at, 2, READ, "tss", 0, system=True)]
+    offset = read(cpu, memory, at, 2)
+    if offset is None or offset + port // 8 + 1 > cpu.sregs.tr.limit:
+        return found
+    return [*found, Operand(cpu.system(cpu.sregs.tr.base, offset + port // 8), 2, READ, "tss", 0, system=True)]
 
 
 def _is_sse(insn: Any) -> bool:

@@ -27,7 +27,7 @@ _STEP: Final = 20
 
 def descriptor(cpu: Cpu, selector: int, size: int = 8, step: int = 4) -> list[Operand]:
     """The read of a descriptor; nothing for a null selector or one beyond its table."""
-    if selector & 0xFFFC == 0 or not cpu.protected or cpu.v86:
+    if selector & 0xFFFC == 0:
         return []
     base, limit = (
         (cpu.sregs.ldt.base, cpu.sregs.ldt.limit) if selector & 4 else (cpu.sregs.gdt.base, cpu.sregs.gdt.limit)
@@ -43,7 +43,7 @@ def loads(cpu: Cpu, memory: GuestPhysical, insn: Any, mnemonic: str) -> list[Ope
         return _far_return(cpu, memory, insn, mnemonic)
     if mnemonic in _FAR_TRANSFERS:
         return _far_transfer(cpu, memory, insn, mnemonic)
-    selector = _selector(cpu, memory, insn, mnemonic)
+    selector = None if _real(cpu) else _selector(cpu, memory, insn, mnemonic)
     if selector is None:
         return []
     if mnemonic in _FROM_OPERAND:
@@ -101,7 +101,7 @@ def _far_transfer(cpu: Cpu, memory: GuestPhysical, insn: Any, mnemonic: str) -> 
         selector = read(cpu, memory, at + size, 2, system=False)
     if selector is None:
         return []
-    found = descriptor(cpu, selector, step=_STEP)
+    found = [] if _real(cpu) else descriptor(cpu, selector, step=_STEP)
     if mnemonic == "lcall" and (_real(cpu) or _is_code(cpu, memory, found)):
         found += push(cpu, 2, size, step=_STEP + 1)
     return found
