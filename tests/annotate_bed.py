@@ -74,6 +74,9 @@ class Bed:
         self.vcpu = self.vm.create_vcpu()
         self.vcpu.set_cpuid2(self.kvm.get_supported_cpuid())
         self.templates = templates(mode.bits)
+        self.selectors: tuple[int, ...] = SELECTORS
+        self.user = 0.25 if mode.protected else 0.0
+        """How likely a case is in ring 3."""
         self.state = self.vcpu.get_sregs()
         self.refused: list[int] = []
 
@@ -133,7 +136,7 @@ class Bed:
         far = "ret" in source or source.startswith("l") or "%fs" in source or "%gs" in source or "%ds" in source
         if not far or r.random() < 0.3:
             return pointer * (8 // size)
-        selector = r.choice(SELECTORS)
+        selector = r.choice(self.selectors)
         item = size if size > 2 or r.random() < 0.5 else 4
         pair = pointer.ljust(item, b"\0") + selector.to_bytes(item, "little")
         return pair * (16 // len(pair))
@@ -169,7 +172,7 @@ class Bed:
         r = self.random
         source, code = r.choice(self.templates)
         mnemonic = source.split()[0]
-        cpl = 3 if self.mode.protected and mnemonic not in RING0 and r.random() < 0.25 else 0
+        cpl = 3 if mnemonic not in RING0 and r.random() < self.user else 0
         places = self.places()
         root = ARENA_GPA + self.top[0] * PAGE if self.top else 0
         sregs = self.mode.sregs(self.state, r, cpl, root, places)
@@ -200,7 +203,7 @@ class Bed:
         regs.rax = r.choice((0, 1, 77, 200, -9)) & mask
         regs.rdx = self.mode.linear("halt") + self.offset() - sregs.cs.base & mask
         if "%dx" in source.replace("*%dx", "") or "%edx, %" in source:
-            regs.rdx = r.choice(SELECTORS)
+            regs.rdx = r.choice(self.selectors)
         if "xlat" in source:
             regs.rax = 5
         if "cr3" in source:
