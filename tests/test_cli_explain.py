@@ -234,3 +234,17 @@ def test_mistakes_are_one_line_and_code_2(arguments: tuple[str, ...], words: tup
     done = anykvm("explain", "-q", *arguments)
     assert_one_line(done, 2, *words)
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+
+
+def test_the_page_in_docs_shows_what_is_printed():
+    page = (Path(__file__).parent.parent / "docs/explain.md").read_text()
+    printf, arguments = re.findall(r"^    printf '(.*)' >guest\n    anykvm (.*)$", page, re.MULTILINE)[0]
+    image(bytes.fromhex(printf.replace("\\x", "")), "guest")
+    done = anykvm(*arguments.split())
+    assert done.returncode == 0
+
+    def plain(text: str) -> str:
+        return re.sub(r"(touch +MADV_POPULATE_WRITE: )E[A-Z]+", r"\1", text)  # which errno is the host kernel's matter
+
+    shown = "".join(f"    {line}" if line.strip() else line for line in done.stdout.splitlines(True))
+    assert plain(shown) in plain(page)
