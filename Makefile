@@ -9,7 +9,8 @@ SOURCES := $(shell find src -name '*.c' -o -name '*.h' -o -name '*.pxd') src/any
 help:
 	@echo "make demo   set up, then compute the CRC of a 64 MiB file in a guest whose memory arrives page by page"
 	@echo "make test   set up, then lint, types and all tests"
-	@echo "make oracle set up, then record what real kernels do (in QEMU, a few minutes) and compare: oracle.html"
+	@echo "make oracle set up, then record what real kernels do (in QEMU, a few minutes) and compare: oracle.html;"
+	@echo "            and explain a real kernel's bare EFAULTs"
 	@echo "make annotate  set up, then 10,000 generated faults: does the annotate layer find the cause of each?"
 	@echo "make bench  set up, then the speed table beside its peers (bench-results.json)"
 

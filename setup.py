@@ -22,6 +22,7 @@ WRAPPED = (
     "cpu_ldq_code",
     "gen_intermediate_code",
     "translator_loop",
+    "helper_into",
     "helper_lookup_tb_ptr",
     "tcg_gen_qemu_ld_i32",
     "tcg_gen_qemu_st_i32",

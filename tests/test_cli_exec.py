@@ -93,6 +93,19 @@ def test_memory_fault_has_its_code_and_says_where():
     assert done.stderr.count("memory fault gpa=0x5000 size=0x1000 flags=0 errno=EFAULT") == 2
 
 
+@pytest.mark.parametrize(
+    "accident",
+    [("--unmap", "0x5000"), ("--no-access", "0x5000"), ("--read-only", "0x5000"), ("--beyond-file", "0x5000")],
+)
+def test_host_memory_taken_away(accident: tuple[str, str]):
+    done = soft(image("a20050 f4"), "--load", "0x1000", *accident)  # mov [0x5000],al; hlt
+    assert_one_line(done, 5, "memory fault gpa=0x5000 size=0x1000 flags=0 errno=EFAULT")
+
+
+def test_read_only_host_memory_can_be_read():
+    assert soft(image("a00050 f4"), "--read-only", "0x5000").returncode == 0
+
+
 def test_a_bare_efault_has_its_code():
     done = soft(image("a00050 f4"), "--hole", "0x5000:4K", "--profile", "linux-7.3")
     assert_one_line(done, 7, "KVM_RUN", "does not say which")
@@ -162,7 +175,11 @@ def test_a_reader_that_goes_away():
         (("image", "--memory", "1000"), ("--memory", "whole pages")),
         (("image", "--memory", "much"), ("'much' is not a number",)),
         (("image", "--memory", "64G"), ("--memory",)),
-        (("image", "--hole", "0x1000"), ("START:LENGTH",)),
+        (("image", "--hole", "0x1000:"), ("'' is not a number",)),
+        (("image", "--unmap", "0x1000:0"), ("whole pages",)),
+        (("image", "--read-only", "16M"), ("--read-only 0x1000000:0x1000", "not within the memory")),
+        (("image", "--beyond-file", "0x1800"), ("--beyond-file 0x1800", "not a page")),
+        (("image", "--beyond-file", "16M"), ("--beyond-file 0x1000000", "within the memory")),
         (("image", "--hole", "0x10:4K"), ("whole pages",)),
         (("image", "--hole", "16M:4K"), ("not within the memory",)),
         (("image", "--timeout", "-1"), ("timeout",)),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+import anykvm
 from anykvm import Shutdown
-from machine import CODE, DATA, GDT, HANDLERS, IST1, RSP0, STACK, Machine, assemble, segment
+from anykvm.vmm import modes
+from machine import CODE, DATA, GDT, HANDLERS, IDT, IST1, RSP0, STACK, Machine, assemble, segment
 
 NONCANONICAL = "mov $0x800000000000, %rax; "
 
@@ -222,6 +224,63 @@ def test_events_survive_a_failed_delivery(machine: Machine) -> None:
         assert (events.exception.injected, events.exception.nr) == ((1, 6) if injected else (0, 0))
         machine.memory.protect(0x5000, 4096, 3)
         assert machine.trap().vector == (6 if injected else 3)
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["run again", "events set again"])
+def test_an_nmi_survives_a_failed_delivery(machine: Machine, restored: bool) -> None:
+    machine.long_mode("nop; hlt")
+    events = machine.vcpu.get_vcpu_events()
+    events.nmi.pending = 1
+    machine.vcpu.set_vcpu_events(events)
+    machine.memory.protect(IDT, 4096, 0)
+    assert isinstance(machine.vcpu.run(), anykvm.MemoryFault)
+    events = machine.vcpu.get_vcpu_events()
+    assert (events.nmi.injected, events.nmi.pending, events.nmi.masked) == (1, 0, 1)
+    if restored:
+        machine.vcpu.set_vcpu_events(events)
+    machine.memory.protect(IDT, 4096, 3)
+    assert (machine.trap().vector, machine.vcpu.get_vcpu_events().nmi.injected) == (2, 0)
+
+
+def test_nothing_of_an_emulated_instruction_outlives_a_shutdown(machine: Machine) -> None:
+    machine.long_mode("mov $0x10000000, %esi; mov (%rsi), %ds; hlt")
+    sregs = machine.vcpu.get_sregs()
+    sregs.idt.limit = 0
+    machine.vcpu.set_sregs(sregs)
+    exit = machine.vcpu.run()
+    assert isinstance(exit, anykvm.Mmio)
+    exit.respond(b"\x77\x77")  # no such selector: #GP, #DF, and no IDT
+    assert machine.vcpu.run() == Shutdown()
+    machine.long_mode("nop; hlt", rflags=0x202)
+    events = machine.vcpu.get_vcpu_events()
+    events.interrupt.injected, events.interrupt.nr = 1, 40
+    machine.vcpu.set_vcpu_events(events)
+    machine.memory.protect(IDT, 4096, 0)
+    machine.memory.protect(CODE, 4096, 0)
+    assert machine.vcpu.run() == anykvm.MemoryFault(IDT, 4096, 0, 14)  # delivery comes first
+
+
+@pytest.mark.parametrize("code", ["ce", "cd04", "cc"], ids=["into", "int", "int3"])
+def test_a_software_interrupt_whose_delivery_fails_goes_back(code: str) -> None:
+    with (
+        anykvm.open("soft") as kvm,
+        kvm.create_vm() as vm,
+        anykvm.GuestMemory(0x200000) as memory,
+    ):
+        vm.map(memory, 0)
+        vcpu = vm.create_vcpu()
+        modes.protected_mode(vcpu, memory, 0x100000, 0x80000)
+        memory.write(0x100000, bytes.fromhex(f"90{code}f4"))
+        sregs = vcpu.get_sregs()
+        sregs.idt.base, sregs.idt.limit = 0x5000, 0x7FF
+        vcpu.set_sregs(sregs)
+        regs = vcpu.get_regs()
+        regs.rflags |= 0x800
+        vcpu.set_regs(regs)
+        memory.protect(0x5000, 4096, 0)
+        assert vcpu.run() == anykvm.MemoryFault(0x5000, 4096, 0, 14)
+        assert vcpu.get_regs().rip == 0x100001
+        assert not vcpu.get_vcpu_events().exception.injected
 
 
 def test_stack_is_balanced_after_iretq(machine: Machine) -> None:

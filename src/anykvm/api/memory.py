@@ -30,18 +30,25 @@ class GuestMemory(Closing):
     """
 
     def __init__(
-        self, size: int, *, fd: int | None = None, offset: int = 0, shared: bool = True, prot: int = READ_WRITE
+        self,
+        size: int,
+        *,
+        fd: int | None = None,
+        offset: int = 0,
+        shared: bool = True,
+        prot: int = READ_WRITE,
+        hint: int = 0,
     ) -> None:
         """Map ``size`` bytes, or as many of file ``fd`` from ``offset`` on; the descriptor may be closed afterwards.
 
-        ``shared`` False gives a private mapping: writes do not reach the file. Raises ValueError for a size that is 0
-        or not page aligned; OSError as mmap(2).
+        ``shared`` False gives a private mapping: writes do not reach the file. ``hint``, if given, is the address where
+        the host is to put it if it can. Raises ValueError for a size that is 0 or not page aligned; OSError as mmap(2).
         """
         check_size(size)
         self._size = size
         self._shared = shared
         flags = _flags(shared, fd) | libc.MAP_NORESERVE
-        self._address = libc.mmap(0, size, prot, flags, -1 if fd is None else fd, offset)
+        self._address = libc.mmap(hint, size, prot, flags, -1 if fd is None else fd, offset)
         self._holes = bytearray()  # one byte a page, 1 where unmap() gave the address range back; made when needed
         # The mapping lives until this and all views are gone: a view must never point at memory of someone else.
         kind: Any = type("Memory", (ctypes.c_uint8 * size,), {})

@@ -34,6 +34,10 @@ class ExitCode(enum.IntEnum):
     LIMIT = 8
     FILE = 9
     """The file changed while the guest ran."""
+    AMBIGUOUS = 10
+    """Explained, by more than one possible cause."""
+    NOTHING = 11
+    """There was no failure to explain."""
     TIMEOUT = 124
     INTERRUPTED = 130
     TERMINATED = 143

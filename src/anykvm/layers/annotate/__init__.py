@@ -19,9 +19,11 @@ instruction, walks the guest's page tables, and asks the host about every page t
 ('0x7000', 'read', 0, 'mov al, byte ptr [0x7000]')
 """
 
-from anykvm.layers.annotate.cause import Access as Access
+from anykvm.layers.annotate.access import Access as Access
 from anykvm.layers.annotate.cause import Cause as Cause
+from anykvm.layers.annotate.cause import Look as Look
 from anykvm.layers.annotate.cause import Suspect as Suspect
 from anykvm.layers.annotate.hostmap import Vma as Vma
 from anykvm.layers.annotate.layer import Annotate as Annotate
 from anykvm.layers.annotate.layer import UnresolvedAccess as UnresolvedAccess
+from anykvm.layers.annotate.walk import Entry as Entry

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, field
 from typing import Any
 
+from anykvm.layers.annotate.access import Access
+from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.hostmap import Vma
-
-
-class Access(Enum):
-    """How the guest touched memory."""
-
-    READ = "read"
-    WRITE = "write"
-    EXEC = "exec"
-
+from anykvm.layers.annotate.memory import Slot
+from anykvm.layers.annotate.walk import Entry
 
 _WORDS = {Access.READ: "read from", Access.WRITE: "write to", Access.EXEC: "instruction fetch from"}
 _PAGE_MASK = ~0xFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One page of one access the vCPU has to make, as the search saw it."""
+
+    role: str
+    """As ``Suspect.role``; a page table's own pages are not listed, they are in ``walk``."""
+    access: Access
+    linear: int
+    size: int
+    """Bytes of the access on this page."""
+    walk: tuple[Entry, ...]
+    """The page table entries of ``linear``, top down; none without paging."""
+    gpa: int | None
+    """Where that leads; None if the walk ends before."""
+    outcome: str
+    """In words: ``granted``, ``refused``; or why the page is not asked for, and the instruction ends there."""
+    touch: str
+    """What the host was asked and said; empty if it was not asked."""
+
+    def plain(self) -> dict[str, Any]:
+        """As values for JSON."""
+        return {
+            "role": self.role,
+            "access": self.access.value,
+            "linear": self.linear,
+            "size": self.size,
+            "walk": [entry._asdict() for entry in self.walk],
+            "gpa": self.gpa,
+            "outcome": self.outcome,
+            "touch": self.touch,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +70,12 @@ class Suspect:
     """The host's mapping there; None where nothing is mapped."""
     why: str
     """What the host says of it, as the end of a sentence that begins with the address."""
+    memslot: Slot
+    """That memslot, as KVM_SET_USER_MEMORY_REGION had it."""
+    walk: tuple[Entry, ...]
+    """The page table entries of ``linear``, top down; for a page table, down to the one to blame."""
+    touch: str
+    """The guarded touch of the host's page: what was asked, and the outcome."""
 
     @property
     def page(self) -> int:
@@ -74,6 +107,9 @@ class Suspect:
             "slot": self.slot,
             "hva": self.hva,
             "vma": vma,
+            "memslot": self.memslot._asdict(),
+            "walk": [entry._asdict() for entry in self.walk],
+            "touch": self.touch,
             "reason": self.reason,
         }
 
@@ -93,6 +129,12 @@ class Cause:
     """Every access that may be the cause, the likeliest first; never empty."""
     ambiguous: bool
     """The candidates lie on different guest pages, and nothing architectural says which was met first."""
+    code: bytes
+    """The bytes of ``instruction``, or what could be read at ``rip``; empty if nothing could."""
+    vcpu: Cpu = field(repr=False, compare=False)
+    """The registers as they were."""
+    looks: tuple[Look, ...] = field(repr=False)
+    """Every page the vCPU needs for this, in order, up to the one where it ends."""
 
     @property
     def gpa(self) -> int:
@@ -152,7 +194,10 @@ class Cause:
         return {
             "rip": self.rip,
             "instruction": self.instruction,
+            "code": self.code.hex(),
             "ambiguous": self.ambiguous,
             "reason": self.reason,
             "candidates": [suspect.plain() for suspect in self.candidates],
+            "accesses": [look.plain() for look in self.looks],
+            "vcpu": self.vcpu.plain(),
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Final
+from typing import Any, Final
 
 from anykvm.abi.ioctls import KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_VCPU_EVENTS
 from anykvm.abi.structures import kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events
@@ -20,6 +20,7 @@ CR4_SMAP: Final = 1 << 21
 EFER_LMA: Final = 1 << 10
 EFER_NX: Final = 1 << 11
 RFLAGS_AC: Final = 1 << 18
+RFLAGS_NT: Final = 1 << 14
 RFLAGS_VM: Final = 1 << 17
 RFLAGS_OF: Final = 1 << 11
 
@@ -35,6 +36,10 @@ for _name in _GPR:
 for _number in range(8, 16):
     _name = f"r{_number}"
     _NAMES |= {f"{_name}{suffix}": (_name, 0, bits) for suffix, bits in (("", 64), ("d", 32), ("w", 16), ("b", 8))}
+REGISTERS: Final = (*_GPR, *(f"r{number}" for number in range(8, 16)), "rip", "rflags")
+"""General registers, as struct kvm_regs names them."""
+CONTROL: Final = ("cr0", "cr2", "cr3", "cr4", "efer")
+SEGMENTS: Final = ("cs", "ss", "ds", "es", "fs", "gs")
 _NAMES |= {"rip": ("rip", 0, 64), "eip": ("rip", 0, 32), "ip": ("rip", 0, 16)}
 
 
@@ -59,6 +64,43 @@ class Cpu:
             self.bits = 32
         self.cpl = 3 if self.v86 else sregs.ss.dpl if self.protected else 0
         self.stack_bits = 64 if self.bits == 64 else 32 if sregs.ss.db else 16
+
+    @property
+    def paging_levels(self) -> int:
+        """Levels of the guest's page tables; 0 without paging."""
+        sregs = self.sregs
+        if not sregs.cr0 & CR0_PG:
+            return 0
+        if self.long:
+            return 5 if sregs.cr4 & CR4_LA57 else 4
+        return 3 if sregs.cr4 & CR4_PAE else 2
+
+    def mode(self) -> str:
+        """Name the mode in words: ``64-bit code in long mode, ring 0, 4 levels of page tables``."""
+        if not self.protected:
+            kind = "real mode"
+        elif self.v86:
+            kind = "virtual-8086 mode"
+        else:
+            kind = "long mode" if self.long else "protected mode"
+        levels = self.paging_levels
+        paging = f"{levels} levels of page tables" if levels else "no paging"
+        return f"{self.bits}-bit code in {kind}, ring {self.cpl}, {paging}"
+
+    def plain(self) -> dict[str, Any]:
+        """As values for JSON: the general registers, control registers, segments and tables."""
+        sregs = self.sregs
+        found: dict[str, Any] = {"mode": self.mode()}
+        found |= {name: getattr(self.regs, name) for name in REGISTERS}
+        found |= {name: getattr(sregs, name) for name in CONTROL}
+        for name in (*SEGMENTS, "tr", "ldt"):
+            found[name] = {
+                key: getattr(self.segment(name), key) for key in ("selector", "base", "limit", "type", "dpl")
+            }
+        for name in ("gdt", "idt"):
+            table = getattr(sregs, name)
+            found[name] = {"base": table.base, "limit": table.limit}
+        return found
 
     def get(self, name: str) -> int:
         """Give a register's value by its assembler name; 0 for one that is not a general register."""

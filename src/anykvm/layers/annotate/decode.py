@@ -8,7 +8,7 @@ from typing import Any, Final
 import capstone
 from capstone import x86_const as c
 
-from anykvm.layers.annotate.cause import Access
+from anykvm.layers.annotate.access import Access
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.operand import Operand
 
@@ -41,7 +41,9 @@ _LOADS: Final = _names(
     "fxrstor fxrstor64 fldenv frstor fldcw ldmxcsr lgdt lidt lldt ltr lmsw xrstor xrstor64 bound bt cmp "
     "test lds les lfs lgs lss lar lsl verr verw vldmxcsr push call jmp ljmp lcall movbe"
 )
-_UPDATES: Final = _names("cmpxchg cmpxchg8b cmpxchg16b xadd xchg bts btr btc rol ror rcl rcr shl shr sal sar shld shrd")
+_UPDATES: Final = _names(
+    "arpl cmpxchg cmpxchg8b cmpxchg16b xadd xchg bts btr btc rol ror rcl rcr shl shr sal sar shld shrd"
+)
 # What capstone has no right size for.
 _SIZES: Final = {
     **dict.fromkeys(("fxsave", "fxsave64", "fxrstor", "fxrstor64"), 512),
@@ -51,6 +53,7 @@ _SIZES: Final = {
     "cmpxchg8b": 8,
     "cmpxchg16b": 16,
 }
+_FAR: Final = {3: "lcall", 5: "ljmp"}
 _UNORDERED: Final = _names(
     "fxsave fxsave64 fxrstor fxrstor64 fnsave fsave frstor xsave xsave64 xrstor xrstor64 fbld fbstp"
 )
@@ -73,6 +76,8 @@ def text(insn: Any) -> str:
 
 def name(insn: Any) -> str:
     """Give the mnemonic without its prefixes."""
+    if insn.opcode[0] == 0xFF and insn.modrm >> 3 & 7 in _FAR:
+        return _FAR[insn.modrm >> 3 & 7]  # capstone calls them near in 64-bit code
     return str(insn.mnemonic.rsplit(" ", 1)[-1])
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from anykvm.layers.annotate import decode, delivery, implicit
-from anykvm.layers.annotate.cause import Access, Cause, Suspect
+from anykvm.layers.annotate.access import Access
+from anykvm.layers.annotate.cause import Cause, Look, Suspect
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.memory import PAGE, GuestPhysical
 from anykvm.layers.annotate.operand import Operand
-from anykvm.layers.annotate.walk import walk
+from anykvm.layers.annotate.walk import Entry, walk
 
 _CODE = "instruction"
+_GRANTED, _REFUSED = "granted", "refused"
 
 
 class Finder:
@@ -27,7 +29,9 @@ class Finder:
         self._memory = memory
         self._update_is_write = update_is_write
         self._found: dict[int, Suspect] = {}  # by guest page: what was refused there first
+        self._looks: list[Look] = []
         self._text = ""
+        self._bytes = b""
 
     def find(self) -> Cause | None:
         """Search; None if the host refuses nothing that is needed."""
@@ -41,7 +45,8 @@ class Finder:
         if not self._found:
             return None
         suspects = tuple(self._found.values())
-        return Cause(self._cpu.regs.rip, self._text, suspects, len(suspects) > 1)
+        ambiguous = len(suspects) > 1
+        return Cause(self._cpu.regs.rip, self._text, suspects, ambiguous, self._bytes, self._cpu, tuple(self._looks))
 
     def _instruction(self) -> None:
         rip = self._cpu.linear("cs", self._cpu.regs.rip)
@@ -50,18 +55,20 @@ class Finder:
         if code is None:
             self._all([Operand(rip, 1, Access.EXEC, _CODE)])
             return
+        self._bytes = code
         insn = decode.decode(self._cpu, code)
         size = insn.size if insn is not None else len(code)
         if insn is None and first < decode.MAX_LENGTH:
             size = first + 1  # it goes on behind the page
             rest = self._code(rip + first, decode.MAX_LENGTH - first)
             if rest is not None:
+                self._bytes = code + rest
                 insn = decode.decode(self._cpu, code + rest)
                 size = insn.size if insn is not None else decode.MAX_LENGTH
         if insn is None:
             self._all([Operand(rip, size, Access.EXEC, _CODE)])
             return
-        self._text = decode.text(insn)
+        self._text, self._bytes = decode.text(insn), self._bytes[: insn.size]
         self._all([Operand(rip, size, Access.EXEC, _CODE), *self._data(insn)])
 
     def _code(self, linear: int, size: int) -> bytes | None:
@@ -74,7 +81,7 @@ class Finder:
         if vector is not None:
             found = delivery.accesses(self._cpu, self._memory, vector, exception=False)
         else:
-            found = implicit.accesses(self._cpu, insn)
+            found = implicit.accesses(self._cpu, self._memory, insn)
             written = {operand.linear for operand in found if operand.access is Access.WRITE}
             if self._update_is_write or self._indivisible(insn, found):
                 found = [op for op in found if op.access is not Access.READ or op.linear not in written]
@@ -110,25 +117,39 @@ class Finder:
 
     def _page(self, operand: Operand, linear: int, size: int) -> bool:
         found = walk(self._cpu, self._memory, linear, operand.access, operand.system)
-        for entry in found.entries:
-            slot = self._memory.slot(entry)
+        refused = False
+        for number, entry in enumerate(found.entries, 1):
+            slot = self._memory.slot(entry.gpa)
             access = Access.READ if slot is not None and slot.read_only else Access.WRITE
-            self._check(entry, 8, access, linear, "page table")
+            table = Operand(linear, entry.size, access, "page table")
+            how, _ = self._check(table, entry.gpa, linear, entry.size, found.entries[:number])
+            refused = refused or how == _REFUSED
         if found.gpa is None:
-            return False
-        return self._check(found.gpa, size, operand.access, linear, operand.role)
+            outcome, touch = "a guest exception" if found.fault else "its page table cannot be read", ""
+        else:
+            outcome, touch = self._check(operand, found.gpa, linear, size, found.entries)
+        cached = refused and found.gpa is not None
+        shown = f"{outcome}, if its page table, which is refused, was cached" if cached else outcome
+        entries = tuple(found.entries)
+        self._looks.append(Look(operand.role, operand.access, linear, size, entries, found.gpa, shown, touch))
+        return outcome == _GRANTED
 
-    def _check(self, gpa: int, size: int, access: Access, linear: int, role: str) -> bool:
-        """Ask the host for one page. False: it refuses, or this is a device access, which never fails so."""
+    def _check(self, operand: Operand, gpa: int, linear: int, size: int, entries: list[Entry]) -> tuple[str, str]:
+        """Ask the host for one page: the outcome, and the touch. A device access never fails so."""
         slot = self._memory.slot(gpa)
-        if slot is None or (access is Access.WRITE and slot.read_only):
-            return False
+        if slot is None:
+            return "no memslot, a device access", ""
+        write = operand.access is Access.WRITE
+        if write and slot.read_only:
+            return f"memslot {slot.slot} is read-only, a device access", ""
         hva = slot.hva + gpa - slot.gpa
         host = self._memory.host
-        why = host.refused(hva, access is Access.WRITE)
-        if why is None:
-            return True
+        answer = host.ask(hva, write)
+        if answer.why is None:
+            return _GRANTED, answer.touch
         page = gpa & ~(PAGE - 1)
         if page not in self._found:
-            self._found[page] = Suspect(gpa, size, access, linear, role, slot.slot & 0xFFFF, hva, host.vma(hva), why)
-        return False
+            where = (slot.slot & 0xFFFF, hva, host.vma(hva))
+            evidence = (slot, tuple(entries), answer.touch)
+            self._found[page] = Suspect(gpa, size, operand.access, linear, operand.role, *where, answer.why, *evidence)
+        return _REFUSED, answer.touch

@@ -10,11 +10,12 @@ import errno
 import os
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
+
+from anykvm.abi.names import errno_name
 
 _PAGE: Final = 4096
-_MADV_POPULATE_READ: Final = 22
-_MADV_POPULATE_WRITE: Final = 23
+_POPULATE: Final = ((22, "MADV_POPULATE_READ"), (23, "MADV_POPULATE_WRITE"))
 _EHWPOISON: Final = 133
 _UFFD_FLAGS: Final = frozenset(("um", "uw", "ui"))
 _madvise: Final = ctypes.CDLL(None, use_errno=True).madvise
@@ -44,6 +45,15 @@ class Vma:
         return name.removeprefix("/") if name.startswith("/memfd:") else name or "anonymous memory"
 
 
+class Answer(NamedTuple):
+    """What the host says of one page."""
+
+    why: str | None
+    """Why it refuses the page, as the end of a sentence that begins with the address; None if it does not."""
+    touch: str
+    """The guarded touch (madvise that populates the page) and its outcome, or why it was not made."""
+
+
 class HostMap:
     """The host's mappings as they are during one explanation."""
 
@@ -52,7 +62,7 @@ class HostMap:
         with open("/proc/self/maps", "rb") as file:
             self._lines = file.read().splitlines()
         self._starts = [int(line[: line.index(b"-")], 16) for line in self._lines]  # the kernel sorts them
-        self._refused: dict[tuple[int, bool], str | None] = {}
+        self._asked: dict[tuple[int, bool], Answer] = {}
         self._memory: int | None = None
         self._userfaultfd = _userfaultfd_open()
 
@@ -72,46 +82,44 @@ class HostMap:
         path = rest[3].decode(errors="replace") if len(rest) > 3 else ""
         return Vma(self._starts[at], end, perms.decode(), path) if hva < end else None
 
-    def refused(self, hva: int, write: bool) -> str | None:
-        """Tell why the host would refuse KVM the page, as ``get_user_pages()`` decides; None if it would not.
+    def ask(self, hva: int, write: bool) -> Answer:
+        """Ask whether the host would let KVM have the page, as ``get_user_pages()`` decides.
 
         A page the mapping allows is populated, which is what the guest's access would have done too.
         """
         key = (hva & ~(_PAGE - 1), write)
-        if key not in self._refused:
-            self._refused[key] = self._judge(*key)
-        return self._refused[key]
+        if key not in self._asked:
+            self._asked[key] = self._judge(*key)
+        return self._asked[key]
 
-    def _judge(self, hva: int, write: bool) -> str | None:
+    def _judge(self, hva: int, write: bool) -> Answer:
         vma = self.vma(hva)
+        if vma is not None and self._watched(vma):
+            return Answer(_forbidden(vma, write), "not made, it could wait for a userfaultfd of this process")
+        advice, name = _POPULATE[write]
+        code = ctypes.get_errno() if _madvise(hva, _PAGE, advice) else 0
+        touch = f"{name}: {errno_name(code) if code else 'done'}"
         if vma is None:
-            return "where nothing is mapped"
-        if vma.perms.startswith("---"):
-            return f"which is mapped without any access, PROT_NONE ({vma})"
-        if write and vma.perms[1] != "w":
-            return f"which is mapped read-only ({vma})"
-        if vma.perms[0] != "r":
-            return f"which is mapped without read access ({vma})"
-        if self._watched(vma):
-            return None
-        if not _madvise(hva, _PAGE, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ):
-            return None
-        code = ctypes.get_errno()
+            return Answer("where nothing is mapped", touch)
+        why = _forbidden(vma, write)
+        if why is not None or not code:
+            return Answer(why, touch)
         if code == _EHWPOISON:
-            return f"which is a poisoned page ({vma})"
+            return Answer(f"which is a poisoned page ({vma})", touch)
         if code == errno.EFAULT:
-            return f"which cannot be had: beyond the end of the file, or its fault handler failed ({vma})"
+            return Answer(
+                f"which cannot be had: beyond the end of the file, or its fault handler failed ({vma})", touch
+            )
         if code == errno.ENOMEM:
-            return f"for which there is no memory ({vma})"
-        return self._read_refused(hva, vma)
+            return Answer(f"for which there is no memory ({vma})", touch)
+        # Kernels before 5.14, and device memory: ask by reading.
+        if self.peek(hva, 1) is not None:
+            return Answer(None, f"{touch}; reading it: done")
+        return Answer(f"which cannot be read ({vma})", f"{touch}; reading it: failed")
 
     def _watched(self, vma: Vma) -> bool:
         """Whether touching it might wait for a userfaultfd of this process, perhaps for this very thread."""
         return self._userfaultfd and _registered(vma)
-
-    def _read_refused(self, hva: int, vma: Vma) -> str | None:
-        """For kernels before 5.14, and device memory: ask by reading."""
-        return None if self.peek(hva, 1) is not None else f"which cannot be read ({vma})"
 
     def peek(self, hva: int, size: int) -> bytes | None:
         """Read memory for the analysis, through any protection (/proc/self/mem); None where nothing can be read."""
@@ -125,6 +133,17 @@ class HostMap:
         except OSError:
             return None
         return data if len(data) == size else None
+
+
+def _forbidden(vma: Vma, write: bool) -> str | None:
+    """Tell what the mapping's permissions forbid, or None."""
+    if vma.perms.startswith("---"):
+        return f"which is mapped without any access, PROT_NONE ({vma})"
+    if write and vma.perms[1] != "w":
+        return f"which is mapped read-only ({vma})"
+    if vma.perms[0] != "r":
+        return f"which is mapped without read access ({vma})"
+    return None
 
 
 def _userfaultfd_open() -> bool:

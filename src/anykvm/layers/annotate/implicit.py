@@ -1,13 +1,18 @@
-"""What instructions touch without naming it: the stack, string operands, descriptors."""
+"""What instructions touch without naming it: the stack and string operands; descriptors are ``segments``'s."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
+from capstone import x86_const as c
+
 from anykvm.layers.annotate import decode as d
-from anykvm.layers.annotate.cause import Access
+from anykvm.layers.annotate import segments
+from anykvm.layers.annotate.access import Access
 from anykvm.layers.annotate.cpu import RFLAGS_OF, Cpu
-from anykvm.layers.annotate.operand import Operand
+from anykvm.layers.annotate.memory import GuestPhysical
+from anykvm.layers.annotate.operand import Operand, pop, push
+from anykvm.layers.annotate.reading import read
 
 READ, WRITE = Access.READ, Access.WRITE
 _STRINGS: Final = {
@@ -21,8 +26,6 @@ _STRINGS: Final = {
     "outs": (True, False, False),
 }
 _WIDTHS: Final = {"b": 1, "w": 2, "d": 4, "q": 8}
-_SEGMENTS: Final = ("es", "cs", "ss", "ds", "fs", "gs")
-_DESCRIPTOR_LOADS: Final = frozenset(("lldt", "ltr", "lar", "lsl", "verr", "verw"))
 _SOFTWARE: Final = {"int3": 3, "into": 4, "int1": 1}
 
 
@@ -36,22 +39,29 @@ def software_interrupt(cpu: Cpu, insn: Any) -> int | None:
     return _SOFTWARE.get(mnemonic)
 
 
-def accesses(cpu: Cpu, insn: Any) -> list[Operand]:
-    """List every data access of the instruction in the order it is made, named operands included."""
+def accesses(cpu: Cpu, memory: GuestPhysical, insn: Any) -> list[Operand]:
+    """List every data access of the instruction in the order it is made, named operands included.
+
+    Where one depends on what another brings, as a descriptor on its selector, that is read from ``memory``; what cannot
+    be known ends the list.
+    """
     mnemonic = d.name(insn)
     string = _string(cpu, insn, mnemonic)
     if string is not None:
-        return string
+        return string if mnemonic[:-1] not in ("ins", "outs") else _permission(cpu, memory, cpu.get("dx")) + string
+    if mnemonic in ("in", "out"):
+        port = insn.operands[mnemonic == "in"]
+        return _permission(cpu, memory, int(port.imm) & 0xFF if port.type == c.X86_OP_IMM else cpu.get("dx"))
     if mnemonic in ("xlatb", "xlat"):
-        memory = d.memory_operands(insn)
-        segment = d.segment_of(insn, memory[0].mem) if memory else "ds"
+        named = d.memory_operands(insn)
+        segment = d.segment_of(insn, named[0].mem) if named else "ds"
         base = {16: "bx", 32: "ebx", 64: "rbx"}[insn.addr_size * 8]
         return [Operand(cpu.linear(segment, cpu.get(base) + cpu.get("al"), insn.addr_size * 8), 1, READ, "operand")]
     if mnemonic in ("maskmovdqu", "maskmovq"):
         register = {16: "di", 32: "edi", 64: "rdi"}[insn.addr_size * 8]
         at = cpu.linear("ds", cpu.get(register), insn.addr_size * 8)
         return [Operand(at, 16 if mnemonic == "maskmovdqu" else 8, WRITE, "operand", ordered=False)]
-    return _stack(cpu, insn, mnemonic)
+    return _stack(cpu, insn, mnemonic) + segments.loads(cpu, memory, insn, mnemonic)
 
 
 def _string(cpu: Cpu, insn: Any, mnemonic: str) -> list[Operand] | None:
@@ -76,6 +86,19 @@ def _string(cpu: Cpu, insn: Any, mnemonic: str) -> list[Operand] | None:
     return found
 
 
+def _permission(cpu: Cpu, memory: GuestPhysical, port: int) -> list[Operand]:
+    """What says whether a port may be used: the I/O permission bitmap in the TSS, where IOPL does not say so."""
+    level = cpu.regs.rflags >> 12 & 3
+    if not cpu.protected or (cpu.cpl <= level and not cpu.v86) or cpu.sregs.tr.limit < 0x67:
+        return []
+    at = cpu.system(cpu.sregs.tr.base, 0x66)
+    found = [Operand(at, 2, READ, "tss", 0, system=True)]
+    offset = read(cpu, memory, at, 2)
+    if offset is None or offset + port // 8 + 1 > cpu.sregs.tr.limit:
+        return found
+    return [*found, Operand(cpu.system(cpu.sregs.tr.base, offset + port // 8), 2, READ, "tss", 0, system=True)]
+
+
 def _is_sse(insn: Any) -> bool:
     """MOVSD and CMPSD are also names of SSE instructions, which have a two-byte opcode."""
     return bool(insn.opcode[0] == 0x0F)
@@ -88,54 +111,33 @@ def _stack_size(cpu: Cpu, insn: Any) -> int:
     return d.operand_size(cpu, insn)
 
 
-def _push(cpu: Cpu, count: int, size: int, first: int = 0, step: int = 3) -> list[Operand]:
-    """``count`` pushes, one after the other, below ``first``."""
-    return [
-        Operand(cpu.stack(first - size * (index + 1)), size, WRITE, "stack", step + index) for index in range(count)
-    ]
-
-
-def _pop(cpu: Cpu, count: int, size: int, step: int = 1) -> list[Operand]:
-    return [Operand(cpu.stack(size * index), size, READ, "stack", step + index) for index in range(count)]
-
-
 def _stack(cpu: Cpu, insn: Any, mnemonic: str) -> list[Operand]:
     """Instructions with a stack operand, and all that have only named ones."""
     size = _stack_size(cpu, insn)
     if mnemonic.startswith("pop") and mnemonic != "popcnt":
         if mnemonic.startswith(("popa",)):
             return [Operand(cpu.stack(0), 8 * size, READ, "stack", 1, ordered=False)]
-        return _pop(cpu, 1, size) + [op._replace(step=5) for op in d.explicit(cpu, insn, size)]
+        return pop(cpu, 1, size) + [op._replace(step=5) for op in d.explicit(cpu, insn, size)]
     if mnemonic.startswith("pusha"):
         return [Operand(cpu.stack(-8 * size), 8 * size, WRITE, "stack", 1, ordered=False)]
     named = d.explicit(cpu, insn)
     if mnemonic.startswith("push") or mnemonic == "call":
-        return named + _push(cpu, 1, size)
+        return named + push(cpu, 1, size)
     if mnemonic == "ret":
-        return _pop(cpu, 1, size)
-    if mnemonic in ("retf", "retfq"):
-        return _pop(cpu, 2, _far_size(cpu, insn))
-    if mnemonic in ("iret", "iretd", "iretq"):
-        return _pop(cpu, 5 if cpu.bits == 64 else 3, _far_size(cpu, insn))
-    if mnemonic == "lcall":
-        far = _far_size(cpu, insn)
-        return named + _descriptors(cpu, insn) + _push(cpu, 2, far, step=6)
+        return pop(cpu, 1, size)
+    if mnemonic in segments.FAR_RETURNS:
+        return []  # all of it is there
     if mnemonic == "leave":
         bits = cpu.stack_bits
         return [Operand(cpu.linear("ss", cpu.regs.rbp, bits), size, READ, "stack", 1)]
     if mnemonic == "enter":
         return _enter(cpu, insn, size)
-    return named + _selector_load(cpu, insn) + _descriptors(cpu, insn)
-
-
-def _far_size(cpu: Cpu, insn: Any) -> int:
-    """Bytes of each item of a far transfer."""
-    return 8 if insn.rex & 8 else d.operand_size(cpu, insn)
+    return named
 
 
 def _enter(cpu: Cpu, insn: Any, size: int) -> list[Operand]:
     level = int(insn.operands[1].imm) & 31
-    found = _push(cpu, 1, size, step=1)
+    found = push(cpu, 1, size, step=1)
     for index in range(1, level):
         at = cpu.linear("ss", cpu.regs.rbp - size * index, cpu.stack_bits)
         found.append(Operand(at, size, READ, "stack", 2 * index))
@@ -143,33 +145,3 @@ def _enter(cpu: Cpu, insn: Any, size: int) -> list[Operand]:
     if level:
         found.append(Operand(cpu.stack(-size * (level + 1)), size, WRITE, "stack", 2 * level))
     return found
-
-
-def descriptor(cpu: Cpu, selector: int, size: int = 8, step: int = 4) -> list[Operand]:
-    """The read of a descriptor; nothing for a null selector or one beyond its table."""
-    if selector & ~3 == 0 or not cpu.protected or cpu.v86:
-        return []
-    base, limit = (
-        (cpu.sregs.ldt.base, cpu.sregs.ldt.limit) if selector & 4 else (cpu.sregs.gdt.base, cpu.sregs.gdt.limit)
-    )
-    if (selector & ~7) + 7 > limit:
-        return []
-    return [Operand(cpu.system(base, selector & ~7), size, READ, "descriptor", step, system=True)]
-
-
-def _selector_load(cpu: Cpu, insn: Any) -> list[Operand]:
-    """MOV to a segment register: the descriptor. A selector that comes from memory is not known here."""
-    if d.name(insn) != "mov" or insn.operands[0].type != 1:
-        return []
-    if insn.reg_name(insn.operands[0].reg) not in _SEGMENTS or insn.operands[1].type != 1:
-        return []
-    return descriptor(cpu, cpu.get(insn.reg_name(insn.operands[1].reg)) & 0xFFFF)
-
-
-def _descriptors(cpu: Cpu, insn: Any) -> list[Operand]:
-    """Instructions whose operand is a selector in a register."""
-    mnemonic = d.name(insn)
-    if mnemonic not in _DESCRIPTOR_LOADS or insn.operands[-1].type != 1:
-        return []
-    wide = cpu.long and mnemonic in ("ltr", "lldt")
-    return descriptor(cpu, cpu.get(insn.reg_name(insn.operands[-1].reg)) & 0xFFFF, 16 if wide else 8)

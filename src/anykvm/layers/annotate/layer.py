@@ -124,6 +124,15 @@ class Annotate:
         vcpu = self._vcpus.get(fd)
         return None if vcpu is None else vcpu.cause
 
+    def explain(self, fd: int) -> Cause | None:
+        """Look for the cause of the EFAULT that KVM_RUN on a vCPU's descriptor has just given, annotated or not.
+
+        None where there is none to be found, or the descriptor is not a vCPU's that this layer saw being made. Raises
+        OSError if the vCPU cannot be asked for its registers.
+        """
+        vcpu = self._vcpus.get(fd)
+        return None if vcpu is None else self._find(fd, vcpu.vm)
+
     def _learn(self, fd: int, request: int, arg: int, result: int) -> None:
         """Remember what an ioctl that worked has made."""
         old: _Vcpu | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from anykvm.layers.annotate.cause import Access
+from anykvm.layers.annotate.access import Access
+from anykvm.layers.annotate.cpu import Cpu
 
 
 class Operand(NamedTuple):
@@ -20,3 +21,15 @@ class Operand(NamedTuple):
     """Made by the processor for itself, whatever the privilege level."""
     ordered: bool = True
     """Its bytes are touched from the lowest on."""
+
+
+def push(cpu: Cpu, count: int, size: int, first: int = 0, step: int = 3) -> list[Operand]:
+    """``count`` pushes of ``size`` bytes, one after the other, below SP + ``first``."""
+    places = (cpu.stack(first - size * (index + 1)) for index in range(count))
+    return [Operand(at, size, Access.WRITE, "stack", step + index) for index, at in enumerate(places)]
+
+
+def pop(cpu: Cpu, count: int, size: int, first: int = 0, step: int = 1) -> list[Operand]:
+    """``count`` pops, one after the other, from SP + ``first`` on."""
+    places = (cpu.stack(first + size * index) for index in range(count))
+    return [Operand(at, size, Access.READ, "stack", step + index) for index, at in enumerate(places)]

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from anykvm.layers.annotate import cpu as x
-from anykvm.layers.annotate.cause import Access
+from anykvm.layers.annotate.access import Access
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.memory import GuestPhysical
 
 _P, _W, _U, _PS, _NX = 1, 2, 4, 0x80, 1 << 63
 _ADDR: Final = 0x000FFFFFFFFFF000
+_LEVELS: Final = ("PTE", "PDE", "PDPTE", "PML4E", "PML5E")
+
+
+class Entry(NamedTuple):
+    """A page table's entry."""
+
+    level: str
+    """As Intel's manuals name it: ``PML5E``, ``PML4E``, ``PDPTE``, ``PDE``, ``PTE``."""
+    gpa: int
+    size: int
+    """Bytes."""
+    value: int | None
+    """What it holds; None if it cannot be read."""
 
 
 @dataclass(slots=True)
 class Walk:
     """What a walk met."""
 
-    entries: list[int] = field(default_factory=list)
-    """gpa of each table entry that was read, top down."""
+    entries: list[Entry] = field(default_factory=list)
+    """Each table entry it came to, top down."""
     gpa: int | None = None
     """Where the linear address is; None if the walk ended before."""
     fault: bool = False
@@ -32,12 +45,11 @@ def walk(cpu: Cpu, memory: GuestPhysical, linear: int, access: Access, system: b
     A walk that ends with neither ``gpa`` nor ``fault`` met an entry that cannot be read, the last of ``entries``.
     """
     found = Walk()
-    sregs = cpu.sregs
-    if not sregs.cr0 & x.CR0_PG:
+    if not cpu.paging_levels:
         found.gpa = linear & 0xFFFFFFFF
         return found
-    pae = bool(sregs.cr4 & x.CR4_PAE) or cpu.long
-    levels = (5 if sregs.cr4 & x.CR4_LA57 else 4) if cpu.long else 3 if pae else 2
+    levels = cpu.paging_levels
+    pae = levels > 2
     if cpu.long:
         top = linear >> (11 + 9 * levels)
         if top and top != (1 << 64 - 11 - 9 * levels) - 1:
@@ -61,12 +73,13 @@ def _tables(
         shift = 12 + bits * level
         pdpte = pae and not cpu.long and level == 2
         at = table + (linear >> shift & (3 if pdpte else (1 << bits) - 1)) * size
-        found.entries.append(at)
         data = memory.peek(at, size)
         if data is None:
+            found.entries.append(Entry(_LEVELS[level], at, size, None))
             found.fault = memory.slot(at) is None  # KVM makes a #PF of a table without a memslot
             return
         entry = int.from_bytes(data, "little")
+        found.entries.append(Entry(_LEVELS[level], at, size, entry))
         if not entry & _P:
             found.fault = True
             return

@@ -229,6 +229,11 @@ void ak_enter(struct ak_vcpu *v)
     int r = cpu_exec_x86_64(v->uc, cpu);
     if (v->delivering)
         after_failed_delivery(v);
+    if (v->exit.kind == AK_EXIT_SHUTDOWN) { /* an instruction that was being emulated has ended too */
+        v->emulation = AK_NATIVE;
+        v->emulate_alone = 0;
+        v->nlog = v->nreplay = v->nfragments = 0;
+    }
     if (v->exit.kind == AK_EXIT_SHUTDOWN && v->init_after_shutdown)
         init_after_shutdown(v);
     if (v->exit.kind == AK_EXIT_NONE)

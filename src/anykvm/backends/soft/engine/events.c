@@ -34,6 +34,14 @@ void raise_exception_err_x86_64(struct CPUX86State *env, int vector, int error_c
     raise_exception_err_ra_x86_64(env, vector, gate ? (error_code >> 1 & ~7) | (error_code & 7) : error_code, 0);
 }
 
+/* INTO likewise. */
+extern void __real_helper_into_x86_64(struct CPUX86State *, int);
+void __wrap_helper_into_x86_64(struct CPUX86State *env, int next_eip_addend)
+{
+    ak_current->deliver_eip = env->eip;
+    __real_helper_into_x86_64(env, next_eip_addend);
+}
+
 static void deliver(struct ak_vcpu *v, void (*how)(struct ak_vcpu *))
 {
     v->delivering = 1;
@@ -130,6 +138,13 @@ void helper_check_exit_request_x86_64(void *uc, u32 in_delay_slot)
 bool ak_sse_boundary(struct ak_vcpu *v);
 void ak_finish_string_in(struct ak_vcpu *v);
 
+/* Something is to be done where a block begins, now or when the guest allows it. */
+static bool waiting(const struct ak_vcpu *v)
+{
+    return v->event.irq_injected || v->event.nmi_injected || v->event.nmi_pending || v->run->request_interrupt_window ||
+           v->single_step_sse;
+}
+
 /* Replaces the engine's interrupt hook: called between blocks while interrupt_request is set, in the order KVM has:
  * the emulated instruction first, then an injected interrupt, then NMI, whose handler so runs first, then the interrupt
  * window. */
@@ -157,16 +172,23 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     }
     if (v->single_step_sse)
         taken = ak_sse_boundary(v);
-    if (v->event.irq_injected) { /* whatever IF says: user space was told when it may ask (kvm_queue_interrupt()) */
+    /* What user space or an earlier entry injected comes first, whatever blocks it; then what waits. */
+    if (v->event.nmi_injected) {
+        deliver(v, deliver_nmi);
+        v->event.nmi_injected = 0;
+        taken = true;
+    }
+    if (v->event.irq_injected) {
         deliver(v, deliver_irq);
         v->event.irq_injected = 0;
         taken = true;
     }
     if (v->event.nmi_pending && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
+        v->event.nmi_pending = 0;
         v->event.nmi_injected = 1;
         v->env->hflags2 |= HF2_NMI_MASK;
         deliver(v, deliver_nmi);
-        v->event.nmi_pending = v->event.nmi_injected = 0;
+        v->event.nmi_injected = 0;
         taken = true;
     }
     bool open = (v->env->eflags & RFLAGS_IF) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
@@ -174,7 +196,7 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
         v->exit.kind = AK_EXIT_IRQ_WINDOW;
         cpu->exit_request = 1;
     }
-    if (!v->event.irq_injected && !v->event.nmi_pending && !v->run->request_interrupt_window && !v->single_step_sse)
+    if (!waiting(v))
         cpu->interrupt_request &= ~CPU_INTERRUPT_HARD;
     return taken;
 }
@@ -190,7 +212,7 @@ bool ak_deliver_pending(struct ak_vcpu *v)
     }
     if (v->emulation != AK_NATIVE || v->string_in || v->stopping)
         v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
-    if (v->event.irq_injected || v->event.nmi_pending || v->run->request_interrupt_window || v->single_step_sse)
+    if (waiting(v))
         v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
     return false;
 }
