@@ -84,10 +84,7 @@ class Host:
 
     def move_away(self, offset: int, length: int) -> None:
         """mremap the range to another address: no mapping is left there."""
-        target = anonymous(length)
-        moved = _libc.mremap(self.address + offset, length, length, _MREMAP_MAYMOVE_FIXED, target.address)
-        if moved != target.address:
-            raise OSError(ctypes.get_errno(), "mremap")
+        move(self.address + offset, anonymous(length).address, length)
 
     def _length(self, length: int | None) -> int:
         return self.size if length is None else length
@@ -115,6 +112,13 @@ def memfd(size: int) -> int:
     fd = os.memfd_create("conformance", 0)
     os.ftruncate(fd, size)
     return fd
+
+
+def move(source: int, target: int, length: int) -> None:
+    """mremap a range of addresses to another, over what is mapped there. Raises OSError with its errno."""
+    if _libc.mremap(source, length, length, _MREMAP_MAYMOVE_FIXED, target) != target:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"mremap: {os.strerror(errno)}")
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
 from anykvm.abi.structures import (
+    kvm_cpuid_entry2,
     kvm_create_guest_memfd,
     kvm_memory_attributes,
     kvm_regs,
@@ -18,6 +19,7 @@ from anykvm.abi.structures import (
 from anykvm.api.kvm import Kvm
 from anykvm.api.kvm import open as open_kvm
 from anykvm.api.vcpu import Vcpu
+from anykvm.api.vm import Vm
 from anykvm.backends.base import Backend
 from anykvm.conformance import layout
 from anykvm.conformance.host import Host, anonymous
@@ -43,8 +45,19 @@ class Keep(Protocol):
 class Machine:
     """A VM and a vCPU of a scenario. What fails is given as an ``Outcome``, not raised, except when making it."""
 
-    def __init__(self, backend: Backend, signals: Signals, keep: Keep, type: int = 0, irqchip: bool = False) -> None:
-        """Make it; see ``Lab.machine``."""
+    def __init__(
+        self,
+        backend: Backend,
+        signals: Signals,
+        keep: Keep,
+        type: int = 0,
+        irqchip: bool = False,
+        *,
+        cpuid: list[kvm_cpuid_entry2] | None = None,
+        before_vcpu: Callable[[Vm], None] | None = None,
+    ) -> None:
+        """Make it; see ``Lab.machine``. ``cpuid``: the vCPU's, default all that is supported; ``before_vcpu``: what to
+        do with the VM before it has a vCPU."""
         self._signals = signals
         self._keep = keep
         self.kvm: Kvm = open_kvm(backend)
@@ -55,8 +68,10 @@ class Machine:
         self.memory = anonymous(layout.MEMORY_SIZE)
         self.slot(0, 0, layout.MEMORY_SIZE, self.memory).check("slot 0")
         layout.build(self.memory)
+        if before_vcpu:
+            before_vcpu(self.vm)
         self.vcpu = self.vm.create_vcpu()
-        self.vcpu.set_cpuid2(self.kvm.get_supported_cpuid())
+        self.vcpu.set_cpuid2(self.kvm.get_supported_cpuid() if cpuid is None else cpuid)
         self.vcpu.set_sregs(layout.long_mode(self.vcpu.get_sregs()))
 
     @property
