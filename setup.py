@@ -29,6 +29,10 @@ WRAPPED = (
     "helper_le_ldq_mmu",
     "helper_le_ldsw_mmu",
     "helper_le_ldsl_mmu",
+    "helper_be_lduw_mmu",
+    "helper_be_ldul_mmu",
+    "helper_be_ldq_mmu",
+    "cpu_ldq_data_ra",
 )
 
 

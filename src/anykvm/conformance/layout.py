@@ -27,6 +27,8 @@ CODE: Final = 0x10000
 STACK: Final = 0x30000
 HANDLERS: Final = 0x40000
 """The exception handlers, 16 bytes each."""
+EXCEPTION_PORT: Final = 0xE0
+"""Where they report their vector."""
 TEST: Final = 0x10000000
 """Where the slots under test lie: guest-virtual and guest-physical address."""
 RBX: Final = 0x1122334455667788
@@ -72,7 +74,7 @@ def _image() -> list[tuple[int, bytes]]:
 
 def handler_code(vector: int) -> bytes:
     """Give an exception handler's bytes: ``mov al, vector; out 0xe0, al; hlt; jmp .-1``."""
-    return bytes((0xB0, vector, 0xE6, 0xE0, 0xF4, 0xEB, 0xFD))
+    return bytes((0xB0, vector, 0xE6, EXCEPTION_PORT, 0xF4, 0xEB, 0xFD))
 
 
 def map_small_pages(memory: Host, virtual: int, table_gpa: int, table: Host) -> None:

@@ -37,6 +37,7 @@ cdef extern from "engine.h" nogil:
         KVM_EXIT_MMIO
         KVM_EXIT_IRQ_WINDOW_OPEN
         KVM_EXIT_SHUTDOWN
+        KVM_EXIT_SET_TPR
         KVM_EXIT_INTR
         KVM_EXIT_INTERNAL_ERROR
         KVM_EXIT_MEMORY_FAULT
@@ -48,6 +49,7 @@ cdef extern from "engine.h" nogil:
         AK_EXIT_MMIO
         AK_EXIT_HLT
         AK_EXIT_SHUTDOWN
+        AK_EXIT_SET_TPR
         AK_EXIT_FAULT
         AK_EXIT_DELIVERY
         AK_EXIT_IRQ_WINDOW

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,12 +51,28 @@ def record_sequence(sequence: Sequence, backend: Callable[[], Backend], seconds:
     return record_scenario(body, backend)
 
 
+class _Task(NamedTuple):
+    """What a worker does with a seed."""
+
+    backend: str
+    profile: str | None
+    seconds: float
+
+    def __call__(self, seed: int) -> tuple[int, list[Record]]:
+        return seed, record_sequence(generate(seed), lambda: make_backend(self.backend, self.profile), self.seconds)
+
+
 def record_batch(
-    seeds: Iterable[int], backend: Callable[[], Backend], seconds: float = SECONDS
+    seeds: Iterable[int], backend: str, profile: str | None = None, jobs: int = 1, seconds: float = SECONDS
 ) -> Iterator[tuple[int, list[Record]]]:
-    """Run the sequences of seeds, one after the other."""
-    for seed in seeds:
-        yield seed, record_sequence(generate(seed), backend, seconds)
+    """Run the sequences of seeds, ``jobs`` at a time, and give each as it is done.
+
+    Raises RuntimeError for the kernel's KVM where that is not the oracle's: nobody's own machine is to be tried so.
+    """
+    if backend != "soft" and not in_oracle():
+        raise RuntimeError("random sequences are never run on this machine's own kernel: only in `anykvm oracle`")
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap_unordered(_Task(backend, profile, seconds), seeds)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -94,22 +112,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", help="which KVM the soft backend is to be, such as linux-7.3")
     parser.add_argument("--seeds", required=True, type=parse_seeds, help="such as 0:2000")
     parser.add_argument("--output", type=Path, required=True, help="the file to write, or to continue")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time; default all CPUs")
     options = parser.parse_args(arguments)
-    if options.backend != "soft" and not in_oracle():
-        parser.error("random sequences are never run on this machine's own kernel: only in `anykvm oracle`")
-
-    def make() -> Backend:
-        return make_backend(options.backend, options.profile)
-
     done: set[int] = set()
     if options.output.exists():
         done = set(read_batch(options.output).sequences)
     else:
-        options.output.write_text(json.dumps(about(make())) + "\n")
+        options.output.write_text(json.dumps(about(make_backend(options.backend, options.profile))) + "\n")
     left = [seed for seed in options.seeds if seed not in done]
     began = time.monotonic()
     with options.output.open("a") as file:
-        for number, (seed, records) in enumerate(record_batch(left, make), 1):
+        recorded = record_batch(left, options.backend, options.profile, options.jobs)
+        for number, (seed, records) in enumerate(recorded, 1):
             file.writelines(lines({seed: records}))
             file.flush()
             if number % _PROGRESS == 0 or number == len(left):

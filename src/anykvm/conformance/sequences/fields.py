@@ -6,6 +6,8 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from anykvm.abi.structures import kvm_vcpu_events
+
 
 def fields(structure: ctypes.Structure) -> dict[str, int | str]:
     """Give every field that is not zero, numbers as they are and bytes in hex.
@@ -15,7 +17,11 @@ def fields(structure: ctypes.Structure) -> dict[str, int | str]:
     >>> fields(debug)
     {'db.1': 5, 'dr6': 16}
     """
-    return {path: value for path, value in _walk("", structure) if value}
+    found = {path: value for path, value in _walk("", structure) if value}
+    if isinstance(structure, kvm_vcpu_events) and not (structure.exception.injected or structure.exception.pending):
+        # Which exception there was before stays in the kernel's fields; those of the processor are not among them.
+        found = {path: value for path, value in found.items() if not path.startswith("exception")}
+    return found
 
 
 def _walk(path: str, value: Any) -> Iterator[tuple[str, int | str]]:

@@ -12,6 +12,8 @@ from anykvm.conformance.sequences.generate_guest import address, runs
 from anykvm.conformance.sequences.step import Step, step
 
 _NOT_CANONICAL: Final = 1 << 47
+_NEVER_CANONICAL: Final = 1 << 62
+"""With 57-bit addresses neither: KVM asks the host's processor, not the guest's, for MSRs that user space sets."""
 _KERNEL: Final = 0xFFFF800000000000
 
 _SREGS: Final[dict[str, list[int]]] = {
@@ -76,7 +78,6 @@ _OTHERS: Final[dict[str, dict[str, list[int]]]] = {
         "xmm.15.15": [0x80],
         "fpr.0.0": [1],
         "fpr.7.9": [0x80],
-        "fpr.3.10": [1],
     },
     "debugregs": {
         "db.0": [0x10000, 1 << 63, _NOT_CANONICAL],
@@ -116,8 +117,8 @@ _MSRS: Final[dict[int, list[int]]] = {
     0x1B: [0xFEE00900, 0xFEE00800, 0xFEE00D00, 0xFEE00400, 1 << 40, 0xFEE00901],
     0x8B: [0, 1 << 32, 0x1000065 << 32],
     0x174: [0, 8, 0xFFFF, 1 << 32, (1 << 64) - 1],
-    0x175: [0, _KERNEL, _NOT_CANONICAL, 5],
-    0x176: [0, _KERNEL, _NOT_CANONICAL, 5],
+    0x175: [0, _KERNEL, _NEVER_CANONICAL, 5],
+    0x176: [0, _KERNEL, _NEVER_CANONICAL, 5],
     0x200: [0, 6, 0x1006, 1 << 40, 0x7, 2, 0x106],
     0x201: [0, 0x800, 0xFF00000800, 1 << 40, 0x400],
     0x20F: [0, 0xFF00000800],
@@ -127,12 +128,12 @@ _MSRS: Final[dict[int, list[int]]] = {
     0x277: [0, 0x0007040600070406, 0x0606060606060606, 0x0202020202020202, 0x0808080808080808, 3],
     0x2FF: [0, 6, 0xC06, 0xC00, 0x400, 0x800, 2, 7, 0x1006, 0xC02],
     0xC0000081: [0, 0x23001000000000, (1 << 64) - 1],
-    0xC0000082: [0, _KERNEL, _NOT_CANONICAL],
-    0xC0000083: [0, _KERNEL, _NOT_CANONICAL],
+    0xC0000082: [0, _KERNEL, _NEVER_CANONICAL],
+    0xC0000083: [0, _KERNEL, _NEVER_CANONICAL],
     0xC0000084: [0, 0x47700, 1 << 32, (1 << 64) - 1],
-    0xC0000100: [0, TEST, _KERNEL, _NOT_CANONICAL],
-    0xC0000101: [0, TEST, _KERNEL, _NOT_CANONICAL],
-    0xC0000102: [0, TEST, _KERNEL, _NOT_CANONICAL],
+    0xC0000100: [0, TEST, _KERNEL, _NEVER_CANONICAL],
+    0xC0000101: [0, TEST, _KERNEL, _NEVER_CANONICAL],
+    0xC0000102: [0, TEST, _KERNEL, _NEVER_CANONICAL],
     0xC0000103: [0, 5, 1 << 32],
     0xC0000080: [0xD00, 0xD01, 0x500, 0xC00, 0, 2, 1 << 63, 0x900],
     0xC0010015: [0, 0x1000000, 1, 0x18, 1 << 31, 1 << 40],

@@ -6,6 +6,7 @@ unmaps stays unmapped: what something else put there would be the guest's to fin
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from typing import Any, Final
@@ -32,6 +33,8 @@ FILE_BUFFER: Final = 2
 GMEM_BUFFER: Final = 3
 PAGES: Final = 16
 """Pages of a buffer; behind them is inaccessible memory."""
+WRITTEN: Final = 3
+"""Pages of a buffer that the host has written when the sequence begins."""
 GUARD_PAGES: Final = 512
 PAGE_TABLE: Final = 0x60000
 """In slot 0: the page table of the 2 MiB around ``layout.TEST``."""
@@ -63,7 +66,7 @@ class World:
         self.file = memfd(PAGES * PAGE)
         self.buffers[FILE_BUFFER].map_file(self.file)
         for number, buffer in enumerate(self.buffers[: GMEM_BUFFER]):
-            for page in range(PAGES):
+            for page in range(WRITTEN):
                 buffer.put64(page * PAGE, 0x1000 * (number + 1) + page)
         layout.map_small_pages(self.m.memory, layout.TEST, PAGE_TABLE, Host(self.m.memory.address + PAGE_TABLE, PAGE))
         self.gmems: list[int] = []
@@ -115,6 +118,9 @@ def common_cpuid() -> list[kvm_cpuid_entry2]:
 
 
 def _pages(buffer: Host) -> Iterable[str]:
+    with contextlib.suppress(OSError):
+        if not buffer.get(0, PAGES * PAGE).strip(b"\0"):
+            return
     for page in range(PAGES):
         try:
             data = buffer.get(page * PAGE, PAGE)

@@ -130,8 +130,10 @@ void ak_vcpu_destroy(struct ak_vcpu *v)
 static void reset_or_init(struct ak_vcpu *v)
 {
     struct CPUX86State *env = v->env;
+    u32 leaf[4];
     memset(env->regs, 0, sizeof env->regs);
-    env->regs[R_EDX] = 0x830f10;
+    ak_cpuid(v, 1, 0, leaf);
+    env->regs[R_EDX] = v->ncpuid ? leaf[0] : 0x600; /* the processor's signature */
     env->eip = 0xfff0;
     env->eflags = 2;
     env->hflags = 0;

@@ -145,12 +145,15 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     if (v->event.nmi_pending && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
         v->event.nmi_injected = 1;
         v->env->hflags2 |= HF2_NMI_MASK;
+        v->event.nmi_pending--;
+    }
+    if (v->event.nmi_injected) {
         deliver(v, deliver_nmi);
-        v->event.nmi_pending = v->event.nmi_injected = 0;
+        v->event.nmi_injected = 0;
         taken = true;
     }
     bool open = (v->env->eflags & RFLAGS_IF) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
-    if (v->event.irq_injected && (open || v->delivering)) {
+    if (v->event.irq_injected) { /* whatever IF says: user space has asked first (kvm_check_and_inject_events()) */
         deliver(v, deliver_irq);
         v->event.irq_injected = 0;
         taken = true;
@@ -158,7 +161,7 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
         v->exit.kind = AK_EXIT_IRQ_WINDOW;
         cpu->exit_request = 1;
     }
-    if (!v->event.irq_injected && !v->event.nmi_pending && !v->run->request_interrupt_window && !v->single_step_sse)
+    if (!v->event.nmi_pending && !v->run->request_interrupt_window && !v->single_step_sse)
         cpu->interrupt_request &= ~CPU_INTERRUPT_HARD;
     return taken;
 }
@@ -174,7 +177,7 @@ bool ak_deliver_pending(struct ak_vcpu *v)
     }
     if (v->emulation != AK_NATIVE || v->string_in || v->stopping)
         v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
-    if (v->event.irq_injected || v->event.nmi_pending || v->run->request_interrupt_window || v->single_step_sse)
+    if (v->event.irq_injected || v->event.nmi_injected || v->event.nmi_pending || v->run->request_interrupt_window || v->single_step_sse)
         v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
     return false;
 }

@@ -194,7 +194,8 @@ static void advance(struct ak_vcpu *v, const struct string_io *s, u32 items)
         v->env->eip += s->len;
 }
 
-static int mmu_index(struct ak_vcpu *v)
+/* The engine's index of data accesses at the current privilege. */
+int ak_data_mmu_index(const struct ak_vcpu *v)
 {
     if ((v->env->hflags & HF_CPL_MASK) == 3)
         return MMU_USER_IDX;
@@ -210,7 +211,7 @@ static u32 guest_copy(struct ak_vcpu *v, u64 va, u8 *data, u32 size, bool write)
         u64 at = va + done;
         u32 part = size - done, room = (u32)(AK_PAGE_SIZE - (at & ~AK_PAGE_MASK));
         part = part < room ? part : room;
-        int r = ak_walk(v, at, write ? AK_WRITE : AK_READ, mmu_index(v), true, &t);
+        int r = ak_walk(v, at, write ? AK_WRITE : AK_READ, ak_data_mmu_index(v), true, &t);
         if (r == AK_WALK_GP)
             ak_raise(v, EXCP_GP, 0, 0);
         if (r != AK_WALK_OK) {
@@ -247,14 +248,14 @@ static u32 guest_copy(struct ak_vcpu *v, u64 va, u8 *data, u32 size, bool write)
     return done;
 }
 
+/* How many items emulate.c:pio_in_emulated() asks for: as many as the page has bytes, whatever the size of an item. */
 static u32 ins_items(struct ak_vcpu *v, const struct string_io *s)
 {
-    u64 count = s->rep ? v->env->regs[R_ECX] & address_mask(s->addr_bytes) : 1;
-    u64 in_page = v->env->df < 0 ? (v->env->regs[R_EDI] & ~AK_PAGE_MASK) / s->size
-                                 : (AK_PAGE_SIZE - (v->env->regs[R_EDI] & ~AK_PAGE_MASK)) / s->size;
+    u64 count = s->rep ? v->env->regs[R_ECX] & address_mask(s->addr_bytes) : 1, at = v->env->regs[R_EDI] & ~AK_PAGE_MASK;
+    u64 in_page = v->env->df < 0 ? at : AK_PAGE_SIZE - at;
     u64 n = count < INS_BUFFER / s->size ? count : INS_BUFFER / s->size;
     n = in_page < n ? in_page : n;
-    return v->env->df < 0 ? 1 : n ? (u32)n : 1;
+    return n ? (u32)n : 1;
 }
 
 /* INS or OUTS at RIP (the decoder was shown UD2 in its place). Privilege first, then the exit. */

@@ -24,7 +24,14 @@ void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
     e->nmi.injected = v->event.nmi_injected;
     e->nmi.pending = v->event.nmi_pending;
     e->nmi.masked = !!(v->env->hflags2 & HF2_NMI_MASK);
-    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM; /* smi: none */
+}
+
+/* process_nmi(): one more waits at most while NMIs are blocked, else two. */
+void ak_queue_nmis(struct ak_vcpu *v, u32 count)
+{
+    u32 limit = v->env->hflags2 & HF2_NMI_MASK ? 1 : 2, pending = v->event.nmi_pending + count;
+    v->event.nmi_pending = (u8)(pending < limit ? pending : limit);
 }
 
 /* 0 or -EINVAL: unknown flags, an exception number above 31 or NMI, system management mode. */
@@ -47,7 +54,9 @@ int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *e)
         v->env->hflags = (v->env->hflags & ~HF_INHIBIT_IRQ_MASK) | (e->interrupt.shadow ? HF_INHIBIT_IRQ_MASK : 0);
     v->event.nmi_injected = e->nmi.injected;
     if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
-        v->event.nmi_pending = e->nmi.pending;
+        v->event.nmi_pending = 0;
     v->env->hflags2 = (v->env->hflags2 & ~HF2_NMI_MASK) | (e->nmi.masked ? HF2_NMI_MASK : 0); /* IRET clears it */
+    if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
+        ak_queue_nmis(v, e->nmi.pending);
     return 0;
 }
