@@ -35,6 +35,8 @@ def guest(choose: Choose, groups: dict[str, float], *, flush: bool) -> list[Step
     assembly = choose.of(list(GROUPS[group]))
     rflags = _ALWAYS | choose.weighted({0: 8, _CARRY: 1, _INTERRUPTS: 1})
     args: dict[str, Any] = dict(group=group, asm=assembly, rdi=address(choose), rsi=address(choose))
+    if group == "memory_only":
+        args["rdi"], args["rsi"] = (FREE + choose.of([0x100, 0x1FF8, 0x1FFC, 0x1001]) for _ in range(2))
     args["rcx"] = choose.weighted({1: 2, 2: 3, 3: 2, 5: 1, 0: 0.5, 9: 1, 17: 1})
     args["rax"] = choose.of([0x41, 0, TEST, choose.bits(64)])
     return [step("guest", **args, rflags=rflags, flush=flush), runs(choose)]
@@ -63,5 +65,5 @@ def runs(choose: Choose) -> Step:
 
 def registers(choose: Choose) -> list[Step]:
     """Change a register while something may be pending, and run on."""
-    changes = choose.of([[["rax", 0x99]], [["rip", 0x10000]], [["rcx", 1]], [["rdi", address(choose)]], [["rbx", 5]]])
+    changes = choose.of([[["rax", 0x99]], [["rcx", 1]], [["rbp", 7]], [["rdi", address(choose)]], [["rbx", 5]]])
     return [step("registers", changes=changes), runs(choose)]

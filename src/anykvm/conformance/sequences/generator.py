@@ -81,15 +81,23 @@ class _Theme(NamedTuple):
     """How often a step is guest code."""
 
 
-_MEMORY_CODE: Final = {"moves": 4.0, "arithmetic": 2.0, "locked": 2.0, "stack": 1.0, "string": 2.0, "jumps": 1.0}
+_MEMORY_CODE: Final = {
+    "moves": 4.0,
+    "arithmetic": 2.0,
+    "locked": 2.0,
+    "stack": 1.0,
+    "string": 2.0,
+    "jumps": 1.0,
+    "memory_only": 1.0,
+}
 _EMULATED: Final = {**_MEMORY_CODE, "string": 5.0, "ports": 5.0, "vector": 2.0, "arithmetic": 4.0}
 THEMES: Final = {
     "slots": _Theme(2, _SLOTS, _MEMORY_CODE, 0.3),
     "host": _Theme(3, _HOST, {**_MEMORY_CODE, "ports": 1, "vector": 1}, 0.55),
     "dirty": _Theme(2, _DIRTY, {**_MEMORY_CODE, "ports": 0.5}, 0.45),
     "gmem": _Theme(2, _GMEM, {**_MEMORY_CODE, "ports": 0.5}, 0.4),
-    "state": _Theme(2, _STATE, {"system": 3, "moves": 1}, 0.25),
-    "events": _Theme(1.5, _EVENTS, {"system": 3, "moves": 1, "ports": 1, "stack": 1}, 0.5),
+    "state": _Theme(2, _STATE, {"system": 3, "moves": 1, "memory_only": 1}, 0.25),
+    "events": _Theme(1.5, _EVENTS, {"system": 3, "moves": 1, "ports": 1, "memory_only": 1}, 0.5),
     "emulator": _Theme(3, _NOTHING, _EMULATED, 0.8),
     "modes": _Theme(1, _NOTHING, {"protected": 1, "real": 1, "moves": 0.3}, 0.75),
     "paging": _Theme(1.5, _PAGING, {**_MEMORY_CODE, "ports": 0.5}, 0.5),

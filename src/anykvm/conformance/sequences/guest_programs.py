@@ -43,6 +43,8 @@ MOVES: Final = {
 }
 """Loads and stores. 64-bit code."""
 ARITHMETIC: Final = {
+    "ror dword ptr [rdi], 1": "d10f",
+    "shld [rdi], rbx, 1": "480fa41f01",
     "add [rdi], rbx": "48011f",
     "add rax, [rdi]": "480307",
     "or [rdi], bl": "081f",
@@ -61,9 +63,7 @@ ARITHMETIC: Final = {
     "add qword ptr [rdi], 1": "48830701",
     "and byte ptr [rdi], 0x0f": "80270f",
     "shl qword ptr [rdi], 1": "48d127",
-    "ror dword ptr [rdi], 3": "c10f03",
     "rcl byte ptr [rdi], 1": "d017",
-    "shld [rdi], rbx, 4": "480fa41f04",
     "imul rax, [rdi]": "480faf07",
     "mul qword ptr [rdi]": "48f727",
     "div dword ptr [rdi]": "f737",
@@ -90,7 +90,6 @@ LOCKED: Final = {
     "lock cmpxchg [rdi], ebx": "f00fb11f",
     "cmpxchg8b [rdi]": "0fc70f",
     "lock cmpxchg8b [rdi]": "f00fc70f",
-    "lock cmpxchg16b [rdi]": "f0480fc70f",
     "lock bts qword ptr [rdi], 3": "f0480fba2f03",
     "lock btr dword ptr [rdi], 1": "f00fba3701",
 }
@@ -99,19 +98,10 @@ STACK: Final = {
     "mov rsp, rdi; push rbx": "4889fc53",
     "mov rsp, rdi; push 0x77": "4889fc6a77",
     "mov rsp, rdi; pop rax": "4889fc58",
-    "mov rsp, rdi; pop [rsi]": "4889fc8f06",
     "mov rsp, rdi; push [rsi]": "4889fcff36",
     "push [rdi]": "ff37",
     "pop [rdi]": "8f07",
     "mov rsp, rdi; pushfq": "4889fc9c",
-    "mov rsp, rdi; popfq": "4889fc9d",
-    "mov rsp, rdi; call rsi": "4889fcffd6",
-    "mov rsp, rdi; ret": "4889fcc3",
-    "mov rbp, rdi; leave": "4889fdc9",
-    "mov rsp, rdi; enter 16, 0": "4889fcc8100000",
-    "mov rsp, rdi; int3": "4889fccc",
-    "mov rsp, rdi; ud2": "4889fc0f0b",
-    "mov rsp, rdi; iretq": "4889fc48cf",
 }
 """Accesses that are pushes and pops. 64-bit code."""
 STRING: Final = {
@@ -131,9 +121,6 @@ STRING: Final = {
     "lodsb": "ac",
     "lodsq": "48ad",
     "rep lodsb": "f3ac",
-    "cmpsb": "a6",
-    "repe cmpsb": "f3a6",
-    "repe cmpsq": "f348a7",
     "scasb": "ae",
     "repne scasb": "f2ae",
     "repe scasd": "f3af",
@@ -200,17 +187,34 @@ JUMPS: Final = {
     "push rdi; ret": "57c3",
 }
 """Fetches. 64-bit code."""
-SYSTEM: Final = {
-    "clflush [rdi]": "0fae3f",
-    "prefetcht0 [rdi]": "0f180f",
-    "invlpg [rdi]; mov rax, [rdi]": "0f013f488b07",
-    "invlpg [rdi]; mov [rdi], rbx": "0f013f48891f",
+MEMORY_ONLY: Final = {
+    "lock cmpxchg16b [rdi]": "f0480fc70f",
     "sgdt [rdi]": "0f0107",
     "sidt [rdi]": "0f010f",
     "lgdt [rdi]": "0f0117",
     "lidt [rdi]": "0f011f",
     "sldt [rdi]": "0f0007",
     "str [rdi]": "0f000f",
+    "cmpsb": "a6",
+    "repe cmpsq": "f348a7",
+    "mov rsp, rdi; pop [rsi]": "4889fc8f06",
+    "mov rsp, rdi; popfq": "4889fc9d",
+    "mov rsp, rdi; call rsi": "4889fcffd6",
+    "mov rsp, rdi; ret": "4889fcc3",
+    "mov rsp, rdi; int3": "4889fccc",
+    "mov rsp, rdi; ud2": "4889fc0f0b",
+    "mov rsp, rdi; iretq": "4889fc48cf",
+    "mov rbp, rdi; leave": "4889fdc9",
+    "mov rsp, rdi; enter 16, 0": "4889fcc8100000",
+}
+"""On memory of slot 0 only; see ``generator.LEFT_OUT``. 64-bit code."""
+SYSTEM: Final = {
+    "mov ecx, 0xc0000082; xor eax, eax; mov edx, 0x40000000; wrmsr": "b9820000c031c0ba000000400f30",
+    "mov rax, cr4; and al, 0xbf": "0f20e024bf",
+    "clflush [rdi]": "0fae3f",
+    "prefetcht0 [rdi]": "0f180f",
+    "invlpg [rdi]; mov rax, [rdi]": "0f013f488b07",
+    "invlpg [rdi]; mov [rdi], rbx": "0f013f48891f",
     "smsw [rdi]": "0f0127",
     "mov eax, 0x10; mov ds, eax; mov rax, [rdi]": "b8100000008ed8488b07",
     "mov ecx, 0xc0000100; rdmsr": "b9000100c00f32",
@@ -219,10 +223,8 @@ SYSTEM: Final = {
     "mov ecx, 0xdead; rdmsr": "b9adde00000f32",
     "mov ecx, 0xdead; wrmsr": "b9adde00000f30",
     "mov ecx, 0x277; rdmsr": "b9770200000f32",
-    "mov ecx, 0xc0000082; mov rax, rdi; mov rdx, rdi; shr rdx, 32; wrmsr": "b9820000c04889f84889fa48c1ea200f30",
     "mov ecx, 0x174; mov eax, 0x8; xor edx, edx; wrmsr; rdmsr": "b974010000b80800000031d20f300f32",
     "mov rax, cr0": "0f20c0",
-    "mov rax, cr4": "0f20e0",
     "mov rax, cr8": "440f20c0",
     "mov cr8, rcx; mov rax, cr8": "440f22c1440f20c0",
     "mov rax, dr7": "0f21f8",
@@ -279,7 +281,6 @@ PROTECTED: Final = {
     "rep movsd": "f3a5",
     "rep stosb": "f3aa",
     "stosd": "ab",
-    "repe cmpsb": "f3a6",
     "insb": "6c",
     "rep insb": "f36c",
     "rep outsb": "f36e",
@@ -301,7 +302,6 @@ PROTECTED: Final = {
     "daa": "27",
     "clflush [edi]": "0fae3f",
     "cmpxchg8b [edi]": "0fc70f",
-    "sgdt [edi]": "0f0107",
 }
 """32-bit code."""
 REAL: Final = {
@@ -322,7 +322,6 @@ REAL: Final = {
     "rep movsd": "66f3a5",
     "rep stosb": "f3aa",
     "stosw": "ab",
-    "repe cmpsb": "f3a6",
     "insb": "6c",
     "rep insb": "f36c",
     "rep outsb": "f36e",
@@ -335,7 +334,6 @@ REAL: Final = {
     "mov eax, cr0": "0f20c0",
     "mov ax, [di]; mov es:[si], ax": "8b05268904",
     "les ax, [di]": "c405",
-    "sgdt [di]": "0f0105",
     "smsw ax": "0f01e0",
     "pusha": "60",
     "push ds; pop ax": "1e58",
@@ -355,6 +353,7 @@ GROUPS: Final = {
     "ports": PORTS,
     "vector": VECTOR,
     "jumps": JUMPS,
+    "memory_only": MEMORY_ONLY,
     "system": SYSTEM,
     "protected": PROTECTED,
     "real": REAL,

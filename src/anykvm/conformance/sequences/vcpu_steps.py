@@ -135,9 +135,10 @@ def set_mode(w: World, mode: str, data: int, extra: int) -> None:
 
     In real mode DS and ES begin at ``data`` and ``extra``, SS at the stack, CS at the code.
     """
-    if mode == "long" and w.mode == "long":
-        return
-    sregs = layout.long_mode(w.m.vcpu.get_sregs())
+    sregs = w.m.vcpu.get_sregs()
+    if mode == "long" and sregs.cr3 == layout.PML4 and sregs.cs.l:
+        return  # not after real mode, nor after a triple fault
+    layout.long_mode(sregs)
     if mode != "long":
         real = mode == "real"
         sregs.cr0, sregs.cr4, sregs.efer = (0x10 if real else 0x11), 0, 0
@@ -153,7 +154,6 @@ def set_mode(w: World, mode: str, data: int, extra: int) -> None:
             sregs.ds.base, sregs.es.base = data, extra
             sregs.idt.base, sregs.idt.limit = 0, 0x3FF
     w.m.vcpu.set_sregs(sregs)
-    w.mode = mode
 
 
 OPS: Final[dict[str, Callable[..., Any]]] = {

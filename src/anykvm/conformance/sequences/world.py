@@ -39,7 +39,8 @@ GUARD_PAGES: Final = 512
 PAGE_TABLE: Final = 0x60000
 """In slot 0: the page table of the 2 MiB around ``layout.TEST``."""
 FREE: Final = 0x80000
-"""In slot 0, from here on: nothing."""
+"""In slot 0, from here on: nothing but HLT for some pages, so that a guest that got there stops."""
+HALTS: Final = b"\xf4" * (4 * PAGE)
 NO_DESCRIPTOR: Final = 0x7FFF
 """Never open."""
 RING_BYTES: Final = 4096
@@ -69,8 +70,8 @@ class World:
             for page in range(WRITTEN):
                 buffer.put64(page * PAGE, 0x1000 * (number + 1) + page)
         layout.map_small_pages(self.m.memory, layout.TEST, PAGE_TABLE, Host(self.m.memory.address + PAGE_TABLE, PAGE))
+        self.m.memory.put(FREE, HALTS)
         self.gmems: list[int] = []
-        self.mode = "long"
         self.ring = DirtyRing(self.m.vcpu) if setup == "ring" else None
 
     def begin(self, number: int, op: str) -> None:

@@ -189,11 +189,8 @@ void helper_sysenter_x86_64(struct CPUX86State *env, int next_eip_addend)
     uintptr_t retaddr = GETPC();
     (void)next_eip_addend;
     bool lma = env->efer & EFER_LMA;
-    if (lma && ak_is_amd(v)) { /* not there in long mode: intercepted as #UD, and given up by em_sysenter() */
-        if (env->hflags & HF_CS64_MASK)
-            ak_emulate_failed(v, retaddr);
-        ak_raise(v, EXCP_UD, 0, retaddr);
-    }
+    if (lma && ak_is_amd(v))
+        ak_raise(v, EXCP_UD, 0, retaddr); /* not there in long mode */
     if (!(env->sysenter_cs & 0xfffc))
         ak_raise(v, EXCP_GP, 0, retaddr);
     env->eflags &= ~(u64)(RFLAGS_VM | RFLAGS_IF | RFLAGS_RF);

@@ -136,6 +136,7 @@ bool ak_emulate_boundary(struct ak_vcpu *v)
 {
     if (v->emulation == AK_ARMED) {
         v->emulation = AK_RUNNING;
+        v->emulate_rip = v->env->eip;
         v->nreplay = v->nfragments = 0;
         v->cpu->cflags_next_tb = ak_alone_cflags(v);
         return true;
@@ -143,6 +144,8 @@ bool ak_emulate_boundary(struct ak_vcpu *v)
     stop_emulating(v);
     if (v->nfragments) {
         v->fragment = 0;
+        if (v->env->eip == v->emulate_rip) /* a REP that goes on; x86_emulate_insn() */
+            v->env->eflags |= RFLAGS_RF;
         v->exit.kind = AK_EXIT_MMIO;
         v->cpu->exit_request = 1;
     }

@@ -161,7 +161,7 @@ static void reset_or_init(struct ak_vcpu *v)
 
 void ak_vcpu_reset(struct ak_vcpu *v)
 {
-    struct kvm_fpu fpu = {.fcw = 0x40, .mxcsr = 0x1f80, .ftwx = 0xff};
+    struct kvm_fpu fpu = {.fcw = 0x37f, .mxcsr = 0x1f80}; /* fpu_init_fpstate_user(): not what a processor resets to */
     reset_or_init(v);
     v->env->xcr0 = 1;
     v->env->pat = 0x0007040600070406ull;

@@ -8,6 +8,12 @@ static bool has_error_code(u32 vector)
     return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17;
 }
 
+/* exception_type(): faults, which leave RIP at the instruction. */
+static bool is_fault(u32 vector)
+{
+    return vector != 1 && vector != 2 && vector != 3 && vector != 4 && vector != 8 && vector != 18;
+}
+
 /* Raise a guest exception from adapter code. */
 void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr)
 {
@@ -50,6 +56,7 @@ static void deliver_nmi(struct ak_vcpu *v)
 
 bool ak_is_string_io(struct ak_vcpu *v);
 bool ak_is_hypercall(struct ak_vcpu *v);
+bool ak_is_sysenter(struct ak_vcpu *v);
 
 /* The engine's exception hook, between blocks: exception_index, error_code, is_int are set, RIP is exact. */
 void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
@@ -71,7 +78,13 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
             env->old_exception = -1;
             ak_leave(v, AK_EXIT_HYPERCALL, 0);
         }
+        if (ak_is_sysenter(v) && (env->hflags & HF_CS64_MASK) && !(env->hflags & HF_CPL_MASK)) {
+            env->old_exception = -1;
+            ak_emulate_failed(v, 0); /* intercepted, and given up by em_sysenter() */
+        }
     }
+    if (is_fault(vector) && !env->exception_is_int)
+        env->eflags |= RFLAGS_RF; /* in the image on the stack */
     v->deliver_soft = env->exception_is_int;
     v->event.injected = !env->exception_is_int;
     v->event.vector = (u8)vector;
@@ -142,12 +155,12 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     }
     if (v->single_step_sse)
         taken = ak_sse_boundary(v);
-    if (v->event.nmi_pending && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
+    if (v->event.nmi_pending && !v->event.nmi_injected && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
         v->event.nmi_injected = 1;
-        v->env->hflags2 |= HF2_NMI_MASK;
         v->event.nmi_pending--;
     }
-    if (v->event.nmi_injected) {
+    if (v->event.nmi_injected) { /* from user space too, whether NMIs are blocked or not */
+        v->env->hflags2 |= HF2_NMI_MASK;
         deliver(v, deliver_nmi);
         v->event.nmi_injected = 0;
         taken = true;

@@ -183,15 +183,22 @@ static u64 string_address(struct ak_vcpu *v, const struct string_io *s)
     return (u32)(base + at);
 }
 
+static void retire(struct ak_vcpu *v, const struct string_io *s)
+{
+    v->env->eip += s->len;
+    v->env->eflags &= ~(u64)RFLAGS_RF;
+}
+
 static void advance(struct ak_vcpu *v, const struct string_io *s, u32 items)
 {
     int64_t step = (v->env->df < 0 ? -1 : 1) * (int64_t)s->size * items;
     int reg = s->in ? R_EDI : R_ESI;
     set_reg(v, reg, s->addr_bytes, v->env->regs[reg] + (u64)step);
-    if (s->rep) /* RIP stays: the instruction retires when it runs again and finds RCX 0 */
+    if (s->rep) { /* RIP stays: the instruction retires when it runs again and finds RCX 0 */
         set_reg(v, R_ECX, s->addr_bytes, (v->env->regs[R_ECX] - items) & address_mask(s->addr_bytes));
-    else
-        v->env->eip += s->len;
+        v->env->eflags |= RFLAGS_RF;
+    } else
+        retire(v, s);
 }
 
 /* The engine's index of data accesses at the current privilege. */
@@ -266,7 +273,7 @@ void ak_string_io(struct ak_vcpu *v)
     decode_string(v, &s);
     check_io(v, port, s.size, 0);
     if (s.rep && !(v->env->regs[R_ECX] & address_mask(s.addr_bytes))) {
-        v->env->eip += s.len;
+        retire(v, &s);
         return;
     }
     v->exit.port = port;
@@ -300,9 +307,15 @@ void ak_finish_string_in(struct ak_vcpu *v)
     if (left < items) /* the caller changed RCX between the exits */
         items = (u32)left;
     v->nfragments = v->fragment = 0;
-    if (items)
+    if (v->env->df >= 0 && items) {
         guest_copy(v, string_address(v, &s), pio_data(v), items * s.size, true);
-    advance(v, &s, items);
+        advance(v, &s, items);
+    }
+    /* Backwards it is one item at a time; those behind one that went to a device are asked for again. */
+    for (u32 i = 0; v->env->df < 0 && i < items && !v->nfragments; i++) {
+        guest_copy(v, string_address(v, &s), pio_data(v) + i * s.size, s.size, true);
+        advance(v, &s, 1);
+    }
     if (v->nfragments)
         v->exit.kind = AK_EXIT_MMIO;
 }

@@ -201,3 +201,9 @@ bool ak_is_hypercall(struct ak_vcpu *v)
     u8 code[15];
     return ak_peek_instruction(v, code) >= 3 && code[0] == 0x0f && code[1] == 0x01 && (code[2] == 0xc1 || code[2] == 0xd9);
 }
+
+bool ak_is_sysenter(struct ak_vcpu *v)
+{
+    u8 code[15];
+    return ak_peek_instruction(v, code) >= 2 && code[0] == 0x0f && code[1] == 0x34;
+}
