@@ -21,6 +21,8 @@ def fields(structure: ctypes.Structure) -> dict[str, int | str]:
     if isinstance(structure, kvm_vcpu_events) and not (structure.exception.injected or structure.exception.pending):
         # Which exception there was before stays in the kernel's fields; those of the processor are not among them.
         found = {path: value for path, value in found.items() if not path.startswith("exception")}
+    if isinstance(structure, kvm_vcpu_events) and not structure.interrupt.injected:
+        found.pop("interrupt.nr", None)
     return found
 
 

@@ -95,11 +95,6 @@ _OTHERS: Final[dict[str, dict[str, list[int]]]] = {
     },
     "events": {
         "flags": [0, 1, 2, 4, 8, 15, 0x10, 0x20, 0x40, 1 << 31],
-        "exception.injected": [1],
-        "exception.pending": [1],
-        "exception.nr": [0, 2, 6, 13, 14, 31, 32, 255],
-        "exception.has_error_code": [1],
-        "exception.error_code": [0, 5, 0xFFFFFFFF],
         "interrupt.injected": [1],
         "interrupt.nr": [0x20, 0, 255],
         "interrupt.soft": [1],
@@ -108,8 +103,6 @@ _OTHERS: Final[dict[str, dict[str, list[int]]]] = {
         "nmi.pending": [1, 2],
         "nmi.masked": [1],
         "sipi_vector": [5],
-        "exception_has_payload": [1],
-        "exception_payload": [5],
         "triple_fault.pending": [1],
     },
 }
@@ -141,6 +134,7 @@ _MSRS: Final[dict[int, list[int]]] = {
     0xFE: [0x508, 0],
     0x17A: [0, 7, 8],
 }
+_INJECTED: Final = ("interrupt.injected", "nmi.injected", "exception.injected", "exception.pending")
 
 
 def structure(choose: Choose) -> list[Step]:
@@ -220,10 +214,33 @@ def refused(choose: Choose) -> list[Step]:
 
 
 def events(choose: Choose) -> list[Step]:
-    """Set events, and leave them so; then run."""
-    palette = _OTHERS["events"]
-    changes = [[field, choose.of(palette[field])] for field in [choose.of(list(palette)) for _ in range(choose.between(1, 3))]]
+    """Set events, and leave them so; then run.
+
+    Of an exception, an interrupt and an NMI one at most is injected: when the next follows is a matter of when the host
+    is interrupted.
+    """
+    one = choose.of(["interrupt.injected", "nmi.injected", "exception"])
+    palette = {field: values for field, values in _OTHERS["events"].items() if field not in _INJECTED or field == one}
+    fields = [choose.of(list(palette)) for _ in range(choose.between(1, 3))]
+    changes = [[field, choose.of(palette[field])] for field in fields]
+    changes += [[field, 0] for field in _INJECTED if field != one]
+    if one == "exception":
+        changes += _exception(choose)
     return [step("state", kind="events", changes=changes, restore=choose.chance(0.3)), runs(choose)]
+
+
+def _exception(choose: Choose) -> list[list[Any]]:
+    """All of an exception: what is not set would be what the kernel kept of an earlier one."""
+    vector = choose.of([0, 2, 3, 6, 8, 13, 14, 17, 32, 255])
+    error = int(vector in (8, 13, 14, 17))
+    return [
+        ["exception.injected", int(choose.chance(0.8))],
+        ["exception.pending", int(choose.chance(0.3))],
+        ["exception.nr", vector],
+        ["exception.has_error_code", error],
+        ["exception.error_code", error and choose.of([0, 5, 0xFFFFFFFF])],
+        ["exception_payload", 0],
+    ]
 
 
 def inject(choose: Choose) -> list[Step]:

@@ -209,7 +209,6 @@ MEMORY_ONLY: Final = {
 }
 """On memory of slot 0 only; see ``generator.LEFT_OUT``. 64-bit code."""
 SYSTEM: Final = {
-    "mov ecx, 0xc0000082; xor eax, eax; mov edx, 0x40000000; wrmsr": "b9820000c031c0ba000000400f30",
     "mov rax, cr4; and al, 0xbf": "0f20e024bf",
     "clflush [rdi]": "0fae3f",
     "prefetcht0 [rdi]": "0f180f",

@@ -15,15 +15,16 @@ from anykvm.conformance.outcome import attempt
 from anykvm.conformance.sequences.fields import change, changed, fields
 from anykvm.conformance.sequences.guest_programs import MODES, code
 from anykvm.conformance.sequences.vcpu_steps import set_mode
-from anykvm.conformance.sequences.world import World
+from anykvm.conformance.sequences.world import FREE, World
 
 _PAGE_FAULT: Final = 14
 _SECONDS: Final = 2.0
 """A run that takes so long is ended by a signal; the generator makes no guest that runs for ever."""
 _DATA_OFFSET: Final = 40
 _ANSWER: Final = 0x9E3779B97F4A7C15
-_CANONICAL: Final = 0x00007FFF00007FFF
-"""What an answer may have: a jump to it, or to a part of it, is never one to an address that is not canonical."""
+_UPPER: Final = 0x00007FFF00000000
+_LOWER: Final = 0x3FFF
+"""The bits of an answer, with ``FREE``: a guest that jumps to it, or to its lower half, finds nothing, or stops."""
 
 
 def _guest(
@@ -114,7 +115,8 @@ def _fill(w: World, changes: list[list[Any]]) -> None:
 
 def _answer(w: World, number: int) -> None:
     run = w.m.run_page
-    value = (number * _ANSWER & _CANONICAL).to_bytes(8, "little")
+    random = number * _ANSWER
+    value = (random & _UPPER | FREE | random & _LOWER).to_bytes(8, "little")
     if run.exit_reason == c.KVM_EXIT_MMIO and not run.mmio.is_write:
         w.m.vcpu.io_page[_DATA_OFFSET : _DATA_OFFSET + 8] = value
     elif run.exit_reason == c.KVM_EXIT_IO and run.io.direction == c.KVM_EXIT_IO_IN:

@@ -41,6 +41,8 @@ PAGE_TABLE: Final = 0x60000
 FREE: Final = 0x80000
 """In slot 0, from here on: nothing but HLT for some pages, so that a guest that got there stops."""
 HALTS: Final = b"\xf4" * (4 * PAGE)
+LOW: Final = bytes.fromhex("f4f4b170") * 256 + b"\xf4" * (3 * PAGE // 4)
+"""The first page: as code it halts at once; as real mode's interrupt table every entry leads to ``HALTS`` in ``FREE``."""
 NO_DESCRIPTOR: Final = 0x7FFF
 """Never open."""
 RING_BYTES: Final = 4096
@@ -68,9 +70,11 @@ class World:
         self.buffers[FILE_BUFFER].map_file(self.file)
         for number, buffer in enumerate(self.buffers[: GMEM_BUFFER]):
             for page in range(WRITTEN):
-                buffer.put64(page * PAGE, 0x1000 * (number + 1) + page)
+                buffer.put64(page * PAGE, FREE + PAGE * number + page)
         layout.map_small_pages(self.m.memory, layout.TEST, PAGE_TABLE, Host(self.m.memory.address + PAGE_TABLE, PAGE))
-        self.m.memory.put(FREE, HALTS)
+        for address, data in ((0, LOW), (layout.CODE, HALTS), (FREE, HALTS)):
+            self.m.memory.put(address, data)  # where a guest may get to that jumps to what it has read
+        self.m.registers()
         self.gmems: list[int] = []
         self.ring = DirtyRing(self.m.vcpu) if setup == "ring" else None
 

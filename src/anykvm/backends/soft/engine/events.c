@@ -58,6 +58,14 @@ bool ak_is_string_io(struct ak_vcpu *v);
 bool ak_is_hypercall(struct ak_vcpu *v);
 bool ak_is_sysenter(struct ak_vcpu *v);
 
+static void queue_exception(struct ak_vcpu *v, u32 vector)
+{
+    v->event.pending = 1;
+    v->event.vector = (u8)vector;
+    v->event.has_error = has_error_code(vector) && (v->env->cr[0] & CR0_PE);
+    v->event.error_code = (u32)v->env->error_code;
+}
+
 /* The engine's exception hook, between blocks: exception_index, error_code, is_int are set, RIP is exact. */
 void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
 {
@@ -83,13 +91,17 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
             ak_emulate_failed(v, 0); /* intercepted, and given up by em_sysenter() */
         }
     }
+    if (v->stopping && !env->exception_is_int) { /* a completion, not a run: kvm_queue_exception(), for the next entry */
+        queue_exception(v, vector);
+        env->old_exception = -1;
+        ak_leave(v, AK_EXIT_KICKED, 0);
+    }
     if (is_fault(vector) && !env->exception_is_int)
         env->eflags |= RFLAGS_RF; /* in the image on the stack */
     v->deliver_soft = env->exception_is_int;
+    queue_exception(v, vector);
+    v->event.pending = 0;
     v->event.injected = !env->exception_is_int;
-    v->event.vector = (u8)vector;
-    v->event.has_error = has_error_code(vector) && (env->cr[0] & CR0_PE);
-    v->event.error_code = (u32)env->error_code;
     deliver(v, deliver_exception);
     v->event.injected = 0;
     v->deliver_soft = 0;

@@ -67,6 +67,7 @@ static void __attribute__((noreturn)) pio_exit(struct ak_vcpu *v, u32 port, u32 
 {
     check_io(v, port, size, ra);
     cpu_restore_state_x86_64(v->cpu, ra, true);
+    v->env->eflags &= ~(u64)RFLAGS_RF; /* of an instruction before, in this block */
     v->pio_rip = linear_rip(v);
     v->pio_len = pio_length(v, v->pio_rip);
     v->pio_size = size;

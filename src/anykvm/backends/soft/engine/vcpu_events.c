@@ -11,8 +11,10 @@ void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
 {
     memset(e, 0, sizeof *e);
     /* KVM conflates the two while KVM_CAP_EXCEPTION_PAYLOAD is off */
-    e->exception.injected = v->event.injected | v->event.pending;
-    e->exception.pending = v->event.pending;
+    if (v->event.vector != 3 && v->event.vector != 4) { /* kvm_exception_is_soft(): the instruction brings it back */
+        e->exception.injected = v->event.injected | v->event.pending;
+        e->exception.pending = v->event.pending;
+    }
     if (e->exception.injected) {
         e->exception.nr = v->event.vector;
         e->exception.has_error_code = v->event.has_error;
@@ -20,7 +22,7 @@ void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
     }
     e->interrupt.injected = v->event.irq_injected;
     e->interrupt.nr = v->event.irq_vector;
-    e->interrupt.shadow = v->env->hflags & HF_INHIBIT_IRQ_MASK ? KVM_X86_SHADOW_INT_STI : 0;
+    e->interrupt.shadow = v->env->hflags & HF_INHIBIT_IRQ_MASK ? KVM_X86_SHADOW_INT_STI | KVM_X86_SHADOW_INT_MOV_SS : 0; /* SVM does not tell them apart */
     e->nmi.injected = v->event.nmi_injected;
     e->nmi.pending = v->event.nmi_pending;
     e->nmi.masked = !!(v->env->hflags2 & HF2_NMI_MASK);
