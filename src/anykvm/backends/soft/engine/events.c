@@ -138,6 +138,14 @@ void helper_check_exit_request_x86_64(void *uc, u32 in_delay_slot)
     cpu_loop_exit_restore_x86_64(v->cpu, GETPC());
 }
 
+/* kvm_check_and_inject_events(): injected until it is delivered; NMIs are blocked from then to IRET. */
+static void inject_nmi(struct ak_vcpu *v)
+{
+    v->env->hflags2 |= HF2_NMI_MASK;
+    deliver(v, deliver_nmi);
+    v->event.nmi_injected = 0;
+}
+
 bool ak_sse_boundary(struct ak_vcpu *v);
 void ak_finish_string_in(struct ak_vcpu *v);
 
@@ -167,22 +175,23 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     }
     if (v->single_step_sse)
         taken = ak_sse_boundary(v);
-    if (v->event.nmi_pending && !v->event.nmi_injected && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
-        v->event.nmi_injected = 1;
-        v->event.nmi_pending--;
-    }
-    if (v->event.nmi_injected) { /* from user space too, whether NMIs are blocked or not */
-        v->env->hflags2 |= HF2_NMI_MASK;
-        deliver(v, deliver_nmi);
-        v->event.nmi_injected = 0;
+    /* What user space or an earlier entry injected comes first, whether IF or an NMI blocks it or not; then what waits. */
+    if (v->event.nmi_injected) {
+        inject_nmi(v);
         taken = true;
     }
-    bool open = (v->env->eflags & RFLAGS_IF) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
-    if (v->event.irq_injected) { /* whatever IF says: user space has asked first (kvm_check_and_inject_events()) */
+    if (v->event.irq_injected) {
         deliver(v, deliver_irq);
         v->event.irq_injected = 0;
         taken = true;
-    } else if (open && v->run->request_interrupt_window) {
+    }
+    if (v->event.nmi_pending && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
+        v->event.nmi_injected = 1;
+        v->event.nmi_pending--;
+        inject_nmi(v);
+        taken = true;
+    }
+    if (!taken && ak_interrupt_allowed(v) && v->run->request_interrupt_window) {
         v->exit.kind = AK_EXIT_IRQ_WINDOW;
         cpu->exit_request = 1;
     }
