@@ -1,9 +1,9 @@
 """Random sequences: from a seed to steps, their records on any KVM, and where two KVMs begin to differ.
 
-    >>> from anykvm.conformance.sequences import generate
-    >>> sequence = generate(1)
-    >>> sequence.theme, sequence.steps[0].op
-    ('x', 'slot')
+>>> from anykvm.conformance.sequences import generate
+>>> sequence = generate(1)
+>>> sequence.theme, sequence.steps[0].op
+('x', 'slot')
 """
 
 from anykvm.conformance.sequences.generator import Sequence as Sequence

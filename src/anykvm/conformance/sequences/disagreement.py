@@ -51,9 +51,7 @@ def disagreement(seed: int, expected: list[Record], got: list[Record]) -> Disagr
     return Disagreement(seed, step, [difference for difference in differences if difference.step == first])
 
 
-def disagreements(
-    expected: Mapping[int, list[Record]], got: Mapping[int, list[Record]]
-) -> Iterator[Disagreement]:
+def disagreements(expected: Mapping[int, list[Record]], got: Mapping[int, list[Record]]) -> Iterator[Disagreement]:
     """Compare the sequences that both have, in the order of their seeds."""
     for seed in sorted(expected.keys() & got.keys()):
         if found := disagreement(seed, expected[seed], got[seed]):

@@ -26,7 +26,9 @@ def address(choose: Choose) -> int:
     )
     if page == TEST:
         page += choose.weighted({0: 3, 1: 2, 3: 2, 4: 1, 7: 2, 8: 2, 9: 1, 11: 1, 12: 1, 15: 1, 16: 1, 19: 1}) * PAGE
-    return page + choose.weighted({0: 5, 8: 2, 0x40: 1, 0xFF8: 2, 0xFFC: 1.5, 0xFFF: 1.5, 0xFF0: 1, 1: 1, 3: 0.5, 0xFFA: 1})
+    return page + choose.weighted(
+        {0: 5, 8: 2, 0x40: 1, 0xFF8: 2, 0xFFC: 1.5, 0xFFF: 1.5, 0xFF0: 1, 1: 1, 3: 0.5, 0xFFA: 1}
+    )
 
 
 def guest(choose: Choose, groups: dict[str, float], *, flush: bool) -> list[Step]:

@@ -68,7 +68,7 @@ class World:
             buffer.fix()
         self.file = memfd(PAGES * PAGE)
         self.buffers[FILE_BUFFER].map_file(self.file)
-        for number, buffer in enumerate(self.buffers[: GMEM_BUFFER]):
+        for number, buffer in enumerate(self.buffers[:GMEM_BUFFER]):
             for page in range(WRITTEN):
                 buffer.put64(page * PAGE, FREE + PAGE * number + page)
         layout.map_small_pages(self.m.memory, layout.TEST, PAGE_TABLE, Host(self.m.memory.address + PAGE_TABLE, PAGE))

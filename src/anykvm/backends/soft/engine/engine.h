@@ -247,6 +247,7 @@ struct ak_vcpu {
     u64 insn_pc;              /* translate.c: bytes shown to the decoder instead of memory */
     u32 insn_len;
     u8 insn_bytes[16];
+    u32 insn_hidden;          /* bytes of it that the decoder was not shown */
     void *tlb_flush_pending;
     u32 gmem_closings;        /* those of the VM that its TLB knows of */
     struct ak_dirty_ring ring;

@@ -114,6 +114,18 @@ static bool needs_align16(const struct decoded *d)
     return d->opsize && ((op >= 0x60 && op <= 0x6d) || (op >= 0x74 && op <= 0x76) || (op >= 0xd1 && op <= 0xfe));
 }
 
+/* Bytes behind the first of an instruction that the decoder is not shown, but by which it was told: they belong to the
+ * block, which is stale when they change. Of a VEX instruction those that are in its page. */
+static u32 hidden_bytes(struct CPUX86State *env, u64 pc, bool string_io)
+{
+    u32 n = 0, room = (u32)(AK_PAGE_SIZE - 1 - (pc & ~AK_PAGE_MASK));
+    if (!string_io)
+        return room < 3 ? room : 3;
+    while (n < 14 && ((u8)__real_cpu_ldub_code_x86_64(env, pc + n) & 0xfc) != 0x6c)
+        n++;
+    return n;
+}
+
 static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
 {
     struct ak_vcpu *v = ak_current;
@@ -124,6 +136,7 @@ static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
         v->insn_pc = db->pc_next;
         v->insn_bytes[0] = UNDEFINED_OPCODE;
         v->insn_len = 1;
+        v->insn_hidden = hidden_bytes(v->env, db->pc_next, d.string_io);
     }
     v->align_need = needs_align16(&d) ? MO_ALIGN_16 : 0;
     if (!v->align_need && (db->tb->flags & HF_AC_MASK) && (db->tb->flags & HF_CPL_MASK) == 3 && (v->env->cr[0] & CR0_AM))
@@ -148,12 +161,14 @@ void __wrap_gen_intermediate_code_x86_64(struct CPUState *cpu, struct Translatio
     struct TCGContext *tcg = v->uc->tcg_ctx;
     u32 parallel = tb->cflags & CF_ALONE ? 0 : CF_PARALLEL;
     v->translating = 1;
+    v->insn_hidden = 0;
     tb->cflags |= parallel;
     tcg->tb_cflags |= parallel;
     __real_gen_intermediate_code_x86_64(cpu, tb, max_insns);
     tb->cflags &= ~parallel; /* look-ups compare with the flags asked for */
     tcg->tb_cflags &= ~parallel;
     v->translating = 0;
+    tb->size = (u16)(tb->size + v->insn_hidden); /* such an instruction is a block's last */
     ak_code_span(v, get_page_addr_code_x86_64(v->env, tb->pc) + AK_HOST_WINDOW_BASE, tb->size);
     u64 end = tb->pc + tb->size;
     if (tb->size && ((end - 1) ^ tb->pc) & AK_PAGE_MASK)
