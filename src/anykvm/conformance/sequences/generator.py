@@ -117,6 +117,10 @@ LEFT_OUT: Final = {
     "a jump, by a device's answer, to an address that is not canonical": "KVM's emulator does not jump, a processor does",
     "an exception of a vector that is none (31)": "the processor's own check: KVM_EXIT_FAIL_ENTRY",
     # what the kernel or its machine does by itself
+    "registers set between a device read and its completion": "7.3 loses what was read",
+    "CALL through a device whose offset in its page is the stack's": "7.3 pushes the return address into the device "
+    "(emulator_can_use_gpa())",
+    "exceptions of 32-bit code": "the handlers are 64-bit code, run as 16-bit code above 64 KiB",
     "an exception on a stack that is a device": "7.3 tries for ever once it knows the page (npf_interception())",
     "two injected events at once": "the second follows when the host is next interrupted",
     "the exception and interrupt numbers of events that are over": "stale fields of the kernel's",

@@ -296,7 +296,6 @@ PROTECTED: Final = {
     "mov eax, [edi]; mov [esi], eax": "8b078906",
     "cpuid": "0fa2",
     "lds eax, [edi]": "c507",
-    "bound eax, [edi]": "6207",
     "aaa": "37",
     "daa": "27",
     "clflush [edi]": "0fae3f",

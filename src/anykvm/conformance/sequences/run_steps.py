@@ -65,6 +65,7 @@ def _run(
     if cr8 is not None:
         run.cr8 = cr8
     if dirty:
+        _finish_read(w)
         _fill(w, changes or [])
     if signalled:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
@@ -124,8 +125,16 @@ def _answer(w: World, number: int) -> None:
         w.m.pio_data(length)[:] = (value * (length // 8 + 1))[:length]
 
 
+def _finish_read(w: World) -> None:
+    """Finish a device read. KVM 7.3 loses what it read if registers are set before (``emulate_regs_need_sync_from_vcpu``)."""
+    run = w.m.run_page
+    if run.exit_reason == c.KVM_EXIT_MMIO and not run.mmio.is_write:
+        w.m.drain()
+
+
 def _registers(w: World, changes: list[list[Any]]) -> None:
     """Change registers between two runs, with the completion of the last exit still pending."""
+    _finish_read(w)
     registers = w.m.vcpu.get_regs()
     before = fields(registers)
     change(registers, [(path, value) for path, value in changes])

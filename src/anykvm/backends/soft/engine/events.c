@@ -200,9 +200,28 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     return taken;
 }
 
+static bool is_soft(u32 vector)
+{
+    return vector == 3 || vector == 4;
+}
+
+/* svm_update_soft_interrupt_rip(): #BP and #OF are of the instruction at RIP, behind which they report. If it is not
+ * INT3, INT n or INTO, nothing is injected. */
+static bool at_soft_exception(struct ak_vcpu *v)
+{
+    u8 code[15];
+    u32 size = ak_peek_instruction(v, code);
+    if (!size || (code[0] != 0xcc && code[0] != 0xcd && code[0] != 0xce))
+        return false;
+    v->env->eip += code[0] == 0xcd ? 2 : 1;
+    return true;
+}
+
 /* Before entering: what is injected comes first. */
 bool ak_deliver_pending(struct ak_vcpu *v)
 {
+    if ((v->event.injected || v->event.pending) && !v->stopping && is_soft(v->event.vector) && !at_soft_exception(v))
+        v->event.injected = v->event.pending = 0;
     if ((v->event.injected || v->event.pending) && !v->stopping) {
         v->cpu->exception_index = v->event.vector;
         v->env->error_code = (int)v->event.error_code;
