@@ -12,7 +12,7 @@ from typing import Annotated, Final
 
 import typer
 
-from anykvm.cli.common import ExitCode, Fail, ProfileOption
+from anykvm.cli.common import ExitCode, Fail, ProfileOption, choose
 from anykvm.conformance.golden_file import Record
 from anykvm.conformance.oracle import OracleError, Settings, run
 from anykvm.conformance.records_of import title
@@ -52,7 +52,8 @@ def random(
         raise Fail(ExitCode.USAGE, f"--seeds: {error}") from None
     if kernel is None and (records or archive):
         raise Fail(ExitCode.USAGE, "--records and --archive need --kernel")
-    expected = _packaged() if kernel is None else _asked(kernel, wanted, records, timeout, archive)
+    choose("soft", profile)
+    expected = kernel_archive("linux-7.3") if kernel is None else _asked(kernel, wanted, records, timeout, archive)
     if missing := [seed for seed in wanted if seed not in expected.sequences]:
         raise Fail(ExitCode.USAGE, f"no records of seed {missing[0]}; run them with --kernel")
     print(f"expected: {title(expected.about)}")
@@ -65,10 +66,6 @@ def random(
     print(f"{len(chosen) - count} of {len(chosen)} sequences agree")
     if count:
         raise typer.Exit(ExitCode.FAILED)
-
-
-def _packaged() -> Batch:
-    return kernel_archive("linux-7.3")
 
 
 def _recorded(seeds: list[int], profile: str | None, jobs: int) -> Iterator[tuple[int, list[Record]]]:

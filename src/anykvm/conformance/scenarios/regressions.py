@@ -1,6 +1,6 @@
 """Where random sequences found the soft backend to differ from a real kernel: the shortest sequence of each.
 
-They are kept as the steps of ``anykvm.conformance.sequences``, which also records what memory and events are at the end.
+They are kept as steps of ``anykvm.conformance.sequences``, which also records what memory and events are at the end.
 """
 
 from __future__ import annotations
@@ -216,6 +216,36 @@ REGRESSIONS: Final[dict[str, tuple[str, list[Step]]]] = {
             step("slot", slot=1, gpa=TEST, size=PAGE, buffer=0, page=8),
             guest("jumps", "jmp rdi", TEST + PAGE - 1),
             run(1),
+        ],
+    ),
+    "string_io_replaced": (
+        "Code that takes the place of string I/O is seen, though its first byte is the same.",
+        [
+            guest("ports", "std; rep insb; cld", FREE + 0x100),
+            run(1),
+            guest("string", "std; rep movsb; cld", FREE + 0x100, FREE + PAGE, rcx=1),
+            run(2),
+        ],
+    ),
+    "soft_exceptions": (
+        "An injected #BP is dropped where no INT3 is, and else reports from behind it.",
+        [
+            guest("system", "cli; nop"),
+            state("events", exception__injected=1, exception__nr=3),
+            run(1),
+            guest("system", "int3"),
+            state("events", exception__injected=1, exception__nr=3),
+            run(1),
+            SHOW_REGS,
+        ],
+    ),
+    "nmi_blocked_over_init": (
+        "NMIs stay blocked when a triple fault has reset the vCPU.",
+        [
+            step("registers", changes=[["rsp", UNMAPPED]]),
+            step("nmi"),
+            run(1),
+            SHOW_EVENTS,
         ],
     ),
     "events_flags": (

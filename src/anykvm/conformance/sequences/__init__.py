@@ -3,7 +3,7 @@
 >>> from anykvm.conformance.sequences import generate
 >>> sequence = generate(1)
 >>> sequence.theme, sequence.steps[0].op
-('x', 'slot')
+('host', 'slot')
 """
 
 from anykvm.conformance.sequences.generator import Sequence as Sequence

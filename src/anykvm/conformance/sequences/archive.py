@@ -1,7 +1,7 @@
 """Records of many sequences in a small file: what the kernel did, for comparing without the kernel.
 
-Lines of JSON, compressed: the first says of which kernel and when, each other is a sequence, whose records are written as
-what is different from the record before.
+Lines of JSON, compressed: the first says of which kernel and when, each other is a sequence, whose records are written
+as what is different from the record before.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ what it has is not run again, so a batch that is ended by a time limit loses not
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from anykvm.conformance.sequences.perform import perform
 SECONDS: Final = 30.0
 """After which a sequence hangs."""
 _PROGRESS: Final = 100
+_NOT_HERE: Final = "random sequences are never run on this machine's own kernel: only in `anykvm oracle`"
 
 
 class Batch(NamedTuple):
@@ -51,15 +53,8 @@ def record_sequence(sequence: Sequence, backend: Callable[[], Backend], seconds:
     return record_scenario(body, backend)
 
 
-class _Task(NamedTuple):
-    """What a worker does with a seed."""
-
-    backend: str
-    profile: str | None
-    seconds: float
-
-    def __call__(self, seed: int) -> tuple[int, list[Record]]:
-        return seed, record_sequence(generate(seed), lambda: make_backend(self.backend, self.profile), self.seconds)
+def _record_seed(backend: str, profile: str | None, seconds: float, seed: int) -> tuple[int, list[Record]]:
+    return seed, record_sequence(generate(seed), lambda: make_backend(backend, profile), seconds)
 
 
 def record_batch(
@@ -70,9 +65,9 @@ def record_batch(
     Raises RuntimeError for the kernel's KVM where that is not the oracle's: nobody's own machine is to be tried so.
     """
     if backend != "soft" and not in_oracle():
-        raise RuntimeError("random sequences are never run on this machine's own kernel: only in `anykvm oracle`")
+        raise RuntimeError(_NOT_HERE)
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        yield from pool.imap_unordered(_Task(backend, profile, seconds), seeds)
+        yield from pool.imap_unordered(functools.partial(_record_seed, backend, profile, seconds), seeds)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -114,9 +109,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="the file to write, or to continue")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time; default all CPUs")
     options = parser.parse_args(arguments)
+    if options.backend != "soft" and not in_oracle():
+        parser.error(_NOT_HERE)
     done: set[int] = set()
     if options.output.exists():
-        done = set(read_batch(options.output).sequences)
+        batch = read_batch(options.output)
+        done = set(batch.sequences)
+        # Without the line that was being written when it was ended.
+        options.output.write_text("".join((json.dumps(batch.about) + "\n", *lines(batch.sequences))))
     else:
         options.output.write_text(json.dumps(about(make_backend(options.backend, options.profile))) + "\n")
     left = [seed for seed in options.seeds if seed not in done]

@@ -14,6 +14,16 @@ from anykvm.conformance.sequences.world import FREE
 
 HOLE: Final = 0x20000000
 """Where no slot ever is."""
+_SYNCED: Final[list[list[Any]]] = [
+    ["regs.rax", 0x77],
+    ["regs.rcx", 2],
+    ["sregs.cr4", 0x80000620],
+    ["sregs.cr2", 5],
+    ["events.flags", 1 << 30],
+    ["sregs.efer", 0x100],
+    ["regs.rdi", TEST],
+]
+"""What is changed in ``kvm_run.s``, when it is."""
 _CARRY: Final = 1
 _INTERRUPTS: Final = 0x200
 _ALWAYS: Final = 2
@@ -60,8 +70,7 @@ def runs(choose: Choose) -> Step:
         args["valid"] = choose.weighted({0: 1, 1: 3, 7: 2, 3: 1, 8: 0.5, 1 << 63: 0.3})
         args["dirty"] = choose.weighted({0: 2, 1: 3, 2: 1, 4: 1, 7: 1, 8: 0.5})
         # The stack and the code segment stay, or the guest would run what it does not have.
-        args["changes"] = [choose.of([["regs.rax", 0x77], ["regs.rcx", 2], ["sregs.cr4", 0x80000620], ["sregs.cr2", 5],
-                                      ["events.flags", 1 << 30], ["sregs.efer", 0x100], ["regs.rdi", TEST]])]  # fmt: skip
+        args["changes"] = [choose.of(_SYNCED)]
     elif kind == "cr8":
         args["cr8"] = choose.of([0, 1, 5, 15, 16, 1 << 40])
     elif kind == "argument":

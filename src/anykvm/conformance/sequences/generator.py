@@ -107,14 +107,14 @@ THEMES: Final = {
 
 LEFT_OUT: Final = {
     # what the soft backend is known not to have, or to do otherwise
-    "an in-kernel irqchip, SMM, nested virtualization, guest debugging, CPU features beyond the common CPUID": "not offered",
+    "an in-kernel irqchip, SMM, nested virtualization, guest debugging, other CPU features": "not offered",
     "a vCPU id between 1,023 and 16,383, a TSC frequency": "limits that differ by design",
     "code beyond a segment's limit": "the soft backend does not check limits",
     "host mappings that may be written or executed, not read": "an x86 page table cannot say so",
     "raw reads, seeks, mappings and unaligned holes of a guest_memfd": "the soft backend's is a memfd",
     "CMPS with a device": "KVM reads RSI's first, the engine RDI's",
-    "CMPXCHG16B, SGDT, SIDT, LGDT, LIDT, SLDT, STR with a device": "KVM reads first, or as many bytes as never go there",
-    "a jump, by a device's answer, to an address that is not canonical": "KVM's emulator does not jump, a processor does",
+    "CMPXCHG16B, SGDT, SIDT, LGDT, LIDT, SLDT, STR with a device": "KVM reads first, and other sizes",
+    "a jump, by a device's answer, to an address that is not canonical": "KVM's emulator refuses, a processor jumps",
     "an exception of a vector that is none (31)": "the processor's own check: KVM_EXIT_FAIL_ENTRY",
     # what the kernel or its machine does by itself
     "registers set between a device read and its completion": "7.3 loses what was read",
@@ -124,8 +124,9 @@ LEFT_OUT: Final = {
     "an exception on a stack that is a device": "7.3 tries for ever once it knows the page (npf_interception())",
     "two injected events at once": "the second follows when the host is next interrupted",
     "the exception and interrupt numbers of events that are over": "stale fields of the kernel's",
-    "CR2 after another exception than #PF, XSETBV before CR4.OSXSAVE, an LSTAR of a guest that is not canonical, flags that "
-    "are undefined": "the emulated processor of the oracle",
+    "CR2 after another exception than #PF, XSETBV before CR4.OSXSAVE, a guest's LSTAR that is not canonical": "the "
+    "emulated processor of the oracle",
+    "flags that an instruction leaves undefined": "a processor's, or its emulator's",
     "MSRs and host addresses with bits 47 to 56": "the host's 57-bit addresses decide",
     "CR4.MCE as the guest reads it": "it is the host's",
     "a private memory type of VM": "Debian builds its kernels without it",

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Guest code of random sequences: a few instructions each, by their assembly.
 
 In 64-bit and 32-bit code RDI, and often RSI, are the addresses, RBX what is stored, RCX a count, RDX a port; in 16-bit

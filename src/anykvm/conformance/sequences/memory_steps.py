@@ -88,8 +88,10 @@ def _pointer(w: World, request: int, value: int, vcpu: bool = False) -> None:
 
 
 def _create_vcpu(w: World, id: int) -> None:
-    outcome = attempt(lambda: w.m.vm.create_vcpu(id) and 0)
-    w.note(e=outcome.errno)
+    def create() -> None:
+        w.m.vm.create_vcpu(id)
+
+    w.note(e=attempt(create).errno)
 
 
 def _result(w: World, outcome: Outcome, **seen: Any) -> None:

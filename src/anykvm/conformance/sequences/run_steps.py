@@ -126,7 +126,7 @@ def _answer(w: World, number: int) -> None:
 
 
 def _finish_read(w: World) -> None:
-    """Finish a device read. KVM 7.3 loses what it read if registers are set before (``emulate_regs_need_sync_from_vcpu``)."""
+    """Finish a device read: 7.3 loses what it read if registers are set before (invalid register cache)."""
     run = w.m.run_page
     if run.exit_reason == c.KVM_EXIT_MMIO and not run.mmio.is_write:
         w.m.drain()

@@ -55,7 +55,7 @@ def _msrs(w: World, values: list[list[int]], restore: bool = True) -> None:
     if restore:
         for index, value in before.items():
             if value is not None:
-                attempt(lambda pair=[index, value]: w.m.vcpu.ioctl(n.KVM_SET_MSRS, _msr_list([pair])))
+                _write_msr(w, index, value)
 
 
 def _read_msr(w: World, index: int) -> int | None:
@@ -63,6 +63,10 @@ def _read_msr(w: World, index: int) -> int | None:
     if attempt(lambda: w.m.vcpu.ioctl(n.KVM_GET_MSRS, data)).ret != 1:
         return None
     return s.kvm_msr_entry.from_buffer(data, ctypes.sizeof(s.kvm_msrs)).data
+
+
+def _write_msr(w: World, index: int, value: int) -> None:
+    w.m.vcpu.ioctl(n.KVM_SET_MSRS, _msr_list([[index, value]]))
 
 
 def _told(value: int | None) -> str:

@@ -42,7 +42,7 @@ FREE: Final = 0x80000
 """In slot 0, from here on: nothing but HLT for some pages, so that a guest that got there stops."""
 HALTS: Final = b"\xf4" * (4 * PAGE)
 LOW: Final = bytes.fromhex("f4f4b170") * 256 + b"\xf4" * (3 * PAGE // 4)
-"""The first page: as code it halts at once; as real mode's interrupt table every entry leads to ``HALTS`` in ``FREE``."""
+"""The first page: as code it halts at once; as real mode's interrupt table every entry leads to ``FREE``."""
 NO_DESCRIPTOR: Final = 0x7FFF
 """Never open."""
 RING_BYTES: Final = 4096
