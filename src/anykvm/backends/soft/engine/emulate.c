@@ -287,6 +287,8 @@ static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, 
         if (ak_data_pfn(v, t[i].gpa, AK_READ, &t[i]) == KVM_PFN_OK)
             continue;
         device = true;
+        if (ak_locked_in_read_only_slot(v, va, (int)(oi & 15)))
+            v->emulate_reached = 1;
         if (!ak_emulate_reaches(v, t[i].gpa, t[i].pfn == KVM_PFN_NOSLOT))
             return false;
     }

@@ -380,6 +380,7 @@ void ak_emulate_alone(struct ak_vcpu *v);
 u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15]);
 u32 ak_peek_instruction(struct ak_vcpu *v, u8 bytes[15]);
 int ak_data_mmu_index(const struct ak_vcpu *v);
+bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx);
 u32 ak_alone_cflags(const struct ak_vcpu *v);
 bool ak_emulate_boundary(struct ak_vcpu *v);
 bool ak_next_fragment(struct ak_vcpu *v);

@@ -71,7 +71,7 @@ static bool in_code(const struct ak_vcpu *v, uintptr_t pc)
 
 /* The load of a locked instruction that runs alone for want of atomicity. To KVM the whole access is a write: in a
  * read-only slot it has begun to emulate before it looks at what the host has there. */
-static bool locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx)
+bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx)
 {
     struct ak_translation t = {0};
     return v->emulate_alone && ak_walk(v, addr, AK_WRITE, mmu_idx, false, &t) == AK_WALK_OK &&
@@ -132,7 +132,7 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
         v->emulate_gpa = t.gpa;
         ak_emulate_start(v, retaddr);
     }
-    if (access == AK_READ && locked_in_read_only_slot(v, addr, mmu_idx))
+    if (access == AK_READ && ak_locked_in_read_only_slot(v, addr, mmu_idx))
         v->emulate_reached = 1;
     if (!ak_emulate_reaches(v, t.gpa, device))
         fault_exit(v, &t, retaddr);
