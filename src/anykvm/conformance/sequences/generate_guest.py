@@ -8,10 +8,12 @@ from anykvm.conformance.host import PAGE
 from anykvm.conformance.layout import TEST
 from anykvm.conformance.sequences.choose import Choose
 from anykvm.conformance.sequences.generate_memory import APIC, FAR, HIGH
-from anykvm.conformance.sequences.guest_programs import GROUPS
+from anykvm.conformance.sequences.guest_programs import GROUPS, MODES
 from anykvm.conformance.sequences.step import Step, step
 from anykvm.conformance.sequences.world import FREE
 
+SCRATCH: Final = 0x28000
+"""In slot 0, for what nobody looks at."""
 HOLE: Final = 0x20000000
 """Where no slot ever is."""
 _SYNCED: Final[list[list[Any]]] = [
@@ -51,10 +53,18 @@ def guest(choose: Choose, groups: dict[str, float], *, flush: bool) -> list[Step
         args["rdi"] &= ~7  # an address in parts of two answers would not be canonical, and fail otherwise than natively
         if args["rdi"] & 0xFFF == 0xFF8:  # where in its page the stack's top is: KVM takes it for the device's
             args["rdi"] -= 8
+    if "scas" in assembly:
+        args["rdi"] = FREE + 0x100
+    if group == "vector" and args["rdi"] & 0xFFF > 0xFF0:
+        args["rdi"] -= 0x20
     if group == "memory_only":
         args["rdi"], args["rsi"] = (FREE + choose.of([0x100, 0x1FF8, 0x1FFC, 0x1001]) for _ in range(2))
     args["rcx"] = choose.weighted({1: 2, 2: 3, 3: 2, 5: 1, 0: 0.5, 9: 1, 17: 1})
     args["rax"] = choose.of([0x41, 0, TEST, choose.bits(64)])
+    if group == "jumps":
+        args["rax"] = SCRATCH  # zeros are ADD [RAX], AL: never into themselves
+    if group in MODES:
+        args["rdi"], args["rsi"] = args["rdi"] & 0xFFFFFFFF, args["rsi"] & 0xFFFFFFFF
     return [step("guest", **args, rflags=rflags, flush=flush), runs(choose)]
 
 

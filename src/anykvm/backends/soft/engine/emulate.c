@@ -273,7 +273,6 @@ static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, 
     struct ak_translation t[2] = {{0}, {0}};
     u32 first = size, i, n = 1;
     bool device = false;
-    (void)env;
     if (v->emulation != AK_RUNNING || !(addr & (size - 1)))
         return false;
     if (((addr + size - 1) ^ addr) & AK_PAGE_MASK) {
@@ -282,7 +281,12 @@ static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, 
     }
     for (i = 0; i < n; i++) {
         u64 va = i ? addr + first : addr;
-        if (ak_walk(v, va, AK_READ, (int)(oi & 15), true, &t[i]) != AK_WALK_OK)
+        int r = ak_walk(v, va, AK_READ, (int)(oi & 15), true, &t[i]);
+        if (r == AK_WALK_PF && device) { /* a fault of the second page comes before the device is read */
+            env->cr[2] = va;
+            ak_raise(v, EXCP_PF, (int)t[i].error_code, retaddr);
+        }
+        if (r != AK_WALK_OK)
             return false; /* the ordinary path raises the fault */
         if (ak_data_pfn(v, t[i].gpa, AK_READ, &t[i]) == KVM_PFN_OK)
             continue;

@@ -133,7 +133,7 @@ static void reset_or_init(struct ak_vcpu *v)
     u32 leaf[4];
     memset(env->regs, 0, sizeof env->regs);
     ak_cpuid(v, 1, 0, leaf);
-    env->regs[R_EDX] = v->ncpuid ? leaf[0] : 0x600; /* the processor's signature */
+    env->regs[R_EDX] = leaf[0] ? leaf[0] : 0x600; /* the processor's signature */
     env->eip = 0xfff0;
     env->eflags = 2;
     env->hflags = 0;
@@ -165,7 +165,7 @@ void ak_vcpu_reset(struct ak_vcpu *v)
     reset_or_init(v);
     v->env->xcr0 = 1;
     v->env->pat = 0x0007040600070406ull;
-    v->msr = (struct ak_msr_state){.apic_base = 0xfee00800 | (v->id ? 0 : 0x100), .misc_enable = 1, .bios_sign_id = 0x1000065ull << 32};
+    v->msr = (struct ak_msr_state){.apic_base = 0xfee00800 | (v->id ? 0 : 0x100), .misc_enable = 1, .bios_sign_id = 0x1000065};
     ak_set_fpu(v, &fpu);
 }
 

@@ -57,6 +57,7 @@ static void deliver_nmi(struct ak_vcpu *v)
 bool ak_is_string_io(struct ak_vcpu *v);
 bool ak_is_hypercall(struct ak_vcpu *v);
 bool ak_is_sysenter(struct ak_vcpu *v);
+bool ak_is_iret(struct ak_vcpu *v);
 
 static void queue_exception(struct ak_vcpu *v, u32 vector)
 {
@@ -96,8 +97,11 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
         env->old_exception = -1;
         ak_leave(v, AK_EXIT_KICKED, 0);
     }
-    if (is_fault(vector) && !env->exception_is_int)
+    if (is_fault(vector) && !env->exception_is_int) {
         env->eflags |= RFLAGS_RF; /* in the image on the stack */
+        if ((env->hflags2 & HF2_NMI_MASK) && ak_is_iret(v))
+            env->hflags2 &= ~HF2_NMI_MASK; /* iret_interception(): the attempt is enough */
+    }
     v->deliver_soft = env->exception_is_int;
     queue_exception(v, vector);
     v->event.pending = 0;
@@ -220,6 +224,8 @@ static bool at_soft_exception(struct ak_vcpu *v)
 /* Before entering: what is injected comes first. */
 bool ak_deliver_pending(struct ak_vcpu *v)
 {
+    if (v->event.irq_injected || v->event.nmi_injected || v->event.nmi_pending || v->run->request_interrupt_window || v->single_step_sse)
+        v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
     if ((v->event.injected || v->event.pending) && !v->stopping && is_soft(v->event.vector) && !at_soft_exception(v))
         v->event.injected = v->event.pending = 0;
     if ((v->event.injected || v->event.pending) && !v->stopping) {
@@ -229,8 +235,6 @@ bool ak_deliver_pending(struct ak_vcpu *v)
         return true;
     }
     if (v->emulation != AK_NATIVE || v->string_in || v->stopping)
-        v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
-    if (v->event.irq_injected || v->event.nmi_injected || v->event.nmi_pending || v->run->request_interrupt_window || v->single_step_sse)
         v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
     return false;
 }

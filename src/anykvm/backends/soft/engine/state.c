@@ -122,7 +122,7 @@ static int check_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
             return -EINVAL;
     } else if ((s->efer & EFER_LMA) || s->cs.l)
         return -EINVAL;
-    if (ak_check_cr0(s->cr0) || (s->cr4 & (v->ncpuid ? ak_cr4_reserved(v) : ~CR4_SUPPORTED)) || (s->efer & ~EFER_SUPPORTED))
+    if (ak_check_cr0(s->cr0) || (s->cr4 & (v->cpuid ? ak_cr4_reserved(v) : ~CR4_SUPPORTED)) || (s->efer & ~EFER_SUPPORTED))
         return -EINVAL;
     return (s->apic_base >> AK_MAXPHYADDR) || (s->apic_base & 0x6ff) ? -EINVAL : 0; /* no x2APIC */
 }
@@ -143,7 +143,7 @@ int ak_set_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
     set_segment(&env->ldt, &s->ldt);
     env->gdt = (struct SegmentCache){.base = s->gdt.base, .limit = s->gdt.limit};
     env->idt = (struct SegmentCache){.base = s->idt.base, .limit = s->idt.limit};
-    env->cr[0] = s->cr0 | 0x10, env->cr[2] = s->cr2, env->cr[3] = s->cr3, env->cr[4] = s->cr4;
+    env->cr[0] = s->cr0, env->cr[2] = s->cr2, env->cr[3] = s->cr3, env->cr[4] = s->cr4;
     env->efer = s->efer, v->msr.apic_base = s->apic_base;
     if (s->cr8 <= 15) /* kvm_set_cr8() refuses others, and nobody looks */
         v->cr8 = s->cr8;

@@ -217,6 +217,15 @@ bool ak_is_hypercall(struct ak_vcpu *v)
     return ak_peek_instruction(v, code) >= 3 && code[0] == 0x0f && code[1] == 0x01 && (code[2] == 0xc1 || code[2] == 0xd9);
 }
 
+bool ak_is_iret(struct ak_vcpu *v)
+{
+    u8 code[15];
+    u32 size = ak_peek_instruction(v, code), n = 0;
+    while (n < size && (code[n] == 0x66 || ((v->env->hflags & HF_CS64_MASK) && (code[n] & 0xf0) == 0x40)))
+        n++;
+    return n < size && code[n] == 0xcf;
+}
+
 bool ak_is_sysenter(struct ak_vcpu *v)
 {
     u8 code[15];

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #define VALID_FLAGS (KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW | \
-                     KVM_VCPUEVENT_VALID_SMM)
+                     KVM_VCPUEVENT_VALID_SMM | KVM_VCPUEVENT_VALID_TRIPLE_FAULT)
 
 void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
 {
@@ -60,5 +60,6 @@ int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *e)
     v->env->hflags2 = (v->env->hflags2 & ~HF2_NMI_MASK) | (e->nmi.masked ? HF2_NMI_MASK : 0); /* IRET clears it */
     if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
         ak_queue_nmis(v, e->nmi.pending);
-    return 0;
+    /* KVM_CAP_X86_TRIPLE_FAULT_EVENT is off: found last, when all else is set */
+    return e->flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT ? -EINVAL : 0;
 }
