@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find src -name '*.c' -o -name '*.h' -o -name '*.pxd') src/anykvm/backends/soft/run.py setup.py pyproject.toml
 
-.PHONY: help setup demo test annotate bench oracle lint types clean
+.PHONY: help setup demo test annotate bench oracle random lint types clean
 help:
 	@echo "make demo   set up, then compute the CRC of a 64 MiB file in a guest whose memory arrives page by page"
 	@echo "make test   set up, then lint, types and all tests"
 	@echo "make oracle set up, then record what real kernels do (in QEMU, a few minutes) and compare: oracle.html;"
 	@echo "            and explain a real kernel's bare EFAULTs"
+	@echo "make random set up, then 2,000 random sequences on a real kernel (in QEMU, a quarter of an hour) and on soft"
 	@echo "make annotate  set up, then 10,000 generated faults: does the annotate layer find the cause of each?"
 	@echo "make bench  set up, then the speed table beside its peers (bench-results.json)"
 
@@ -40,6 +41,13 @@ types: setup
 # Not part of `make test`: it takes minutes, and needs QEMU and Debian's kernels (anykvm oracle gets them).
 oracle: setup
 	@tools/oracle.sh
+
+# As `make oracle`. Ended, it goes on where it was: what the kernel did is in build/random.
+random: setup
+	@mkdir -p build/random
+	@$(BIN)/anykvm conformance random --seeds 0:2000 --kernel 7.3 --records build/random/linux-7.3.jsonl \
+		--archive build/random/random-linux-7.3.jsonl.xz
+	@echo "make random: done; the kernel's records are in build/random"
 
 bench: setup
 	@$(BIN)/python -m bench

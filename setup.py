@@ -36,6 +36,10 @@ WRAPPED = (
     "helper_le_stw_mmu",
     "helper_le_stl_mmu",
     "helper_le_stq_mmu",
+    "helper_be_lduw_mmu",
+    "helper_be_ldul_mmu",
+    "helper_be_ldq_mmu",
+    "cpu_ldq_data_ra",
 )
 
 

@@ -45,7 +45,7 @@ def fill(data: ctypes.Structure, seed: int) -> None:
 
 def test_reset_state(guest: Guest) -> None:
     regs, sregs = guest.get(abi.KVM_GET_REGS, abi.kvm_regs), guest.get(abi.KVM_GET_SREGS, abi.kvm_sregs)
-    assert (regs.rip, regs.rflags, regs.rdx) == (0xFFF0, 2, 0x830F10)
+    assert (regs.rip, regs.rflags, regs.rdx) == (0xFFF0, 2, 0x600)
     assert (sregs.cs.base, sregs.cs.selector, sregs.cs.limit) == (0xFFFF0000, 0xF000, 0xFFFF)
     assert (sregs.cr0, sregs.cr4, sregs.efer, sregs.apic_base) == (0x60000010, 0, 0, 0xFEE00900)
     debugregs = guest.get(abi.KVM_GET_DEBUGREGS, abi.kvm_debugregs)
@@ -76,8 +76,10 @@ def test_sregs_hidden_segment_state(guest: Guest) -> None:
     sregs = long_mode(guest)
     for i, name in enumerate(("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")):
         segment = getattr(sregs, name)
-        segment.selector, segment.base, segment.limit = 0x10 * i, 0x123450000 * i, 0xFFFFF - i
-        segment.type, segment.dpl, segment.s = i, i % 4, i < 6
+        segment.selector, segment.base, segment.limit = 0x10 * i, 0x123450000 * i, 0xFFFFFFFF - i
+        segment.type, segment.dpl, segment.s = i | 1, i % 4, i < 6
+        if name == "tr":
+            segment.type = 0xB
         segment.avl, segment.g, segment.db, segment.present, segment.unusable = i & 1, 1, name != "cs", 1, 0
     sregs.gdt.base, sregs.gdt.limit, sregs.idt.base, sregs.idt.limit = 1 << 40, 0x7F, 1 << 41, 0xFFF
     sregs.cr2, sregs.cr8, sregs.interrupt_bitmap[3] = 0xDEAD, 9, 1 << 63
@@ -363,7 +365,7 @@ def test_vcpu_events(guest: Guest) -> None:
     events.exception.injected, events.exception.nr = 1, 14
     events.exception.has_error_code, events.exception.error_code = 1, 7
     events.nmi.pending = 1
-    events.interrupt.shadow = abi.KVM_X86_SHADOW_INT_STI
+    events.interrupt.shadow = abi.KVM_X86_SHADOW_INT_STI | abi.KVM_X86_SHADOW_INT_MOV_SS
     assert guest.set(abi.KVM_SET_VCPU_EVENTS, events) == 0
     assert bytes(guest.get(abi.KVM_GET_VCPU_EVENTS, abi.kvm_vcpu_events)) == bytes(events)
     for nr in (2, 32, 255):

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from anykvm.cli import sequences
 from anykvm.cli.common import BackendOption, ExitCode, Fail, JsonOption, ProfileOption, choose, print_json
 from anykvm.conformance import report
 from anykvm.conformance.records_of import Records, find, kernel_names, kernel_records
@@ -28,6 +29,7 @@ now. The table counts the scenarios of each area that agree, and names the other
 agree, 1 if not."""
 
 app = typer.Typer(help=HELP, add_completion=False, rich_markup_mode=None)
+app.command("random", help=sequences.HELP)(sequences.random)
 Scenarios = Annotated[list[str] | None, typer.Option("--scenario", metavar="NAME", help="Only these; may be repeated.")]
 
 

@@ -77,9 +77,7 @@ class Host:
 
     def move_away(self, offset: int, length: int) -> None:
         """mremap the range to another address: no mapping is left there."""
-        target = anonymous(length)
-        how = libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED
-        libc.mremap(self.address + offset, length, length, how, target.address)
+        move(self.address + offset, anonymous(length).address, length)
 
     def _length(self, length: int | None) -> int:
         return self.size if length is None else length
@@ -107,6 +105,11 @@ def memfd(size: int) -> int:
     fd = os.memfd_create("conformance", 0)
     os.ftruncate(fd, size)
     return fd
+
+
+def move(source: int, target: int, length: int) -> None:
+    """mremap a range of addresses to another, over what is mapped there. Raises OSError with its errno."""
+    libc.mremap(source, length, length, libc.MREMAP_MAYMOVE | libc.MREMAP_FIXED, target)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> int:

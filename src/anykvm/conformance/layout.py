@@ -7,6 +7,7 @@ reports itself on port 0xE0 and halts; so a guest that took an exception says wh
 from __future__ import annotations
 
 import struct
+from functools import cache
 from typing import Final
 
 from anykvm.abi.structures import kvm_segment, kvm_sregs
@@ -26,6 +27,8 @@ CODE: Final = 0x10000
 STACK: Final = 0x30000
 HANDLERS: Final = 0x40000
 """The exception handlers, 16 bytes each."""
+EXCEPTION_PORT: Final = 0xE0
+"""Where they report their vector."""
 TEST: Final = 0x10000000
 """Where the slots under test lie: guest-virtual and guest-physical address."""
 RBX: Final = 0x1122334455667788
@@ -42,27 +45,36 @@ _LARGE_PAGE: Final = 0x80
 
 def build(memory: Host) -> None:
     """Write page tables, GDT, IDT and handlers into slot 0's memory."""
-    memory.put64(PML4, PDPT | _PRESENT_USER)
+    for address, data in _image():
+        memory.put(address, data)
+
+
+@cache
+def _image() -> list[tuple[int, bytes]]:
+    tables = bytearray()
     for directory in range(4):
-        table = PAGE_DIRECTORIES + directory * PAGE
-        memory.put64(PDPT + 8 * directory, table | _PRESENT_USER)
         flags = _PRESENT_USER | _ACCESSED_DIRTY | _LARGE_PAGE
-        memory.put(table, struct.pack("<512Q", *((directory << 30) + (entry << 21) | flags for entry in range(512))))
-    memory.put64(GDT + CODE_SELECTOR, 0x00AF9B000000FFFF)
-    memory.put64(GDT + DATA_SELECTOR, 0x00CF93000000FFFF)
+        tables += struct.pack("<512Q", *((directory << 30) + (entry << 21) | flags for entry in range(512)))
+    directories = [PAGE_DIRECTORIES + directory * PAGE | _PRESENT_USER for directory in range(4)]
     gates, stubs = bytearray(), bytearray()
     for vector in range(256):
         handler = HANDLERS + 16 * vector
         low = (handler & 0xFFFF) | CODE_SELECTOR << 16 | 0x8E << 40 | (handler >> 16 & 0xFFFF) << 48
         gates += struct.pack("<QQ", low, handler >> 32)
         stubs += handler_code(vector).ljust(16, b"\0")
-    memory.put(IDT, bytes(gates))
-    memory.put(HANDLERS, bytes(stubs))
+    return [
+        (PML4, struct.pack("<Q", PDPT | _PRESENT_USER)),
+        (PDPT, struct.pack("<4Q", *directories)),
+        (PAGE_DIRECTORIES, bytes(tables)),
+        (GDT + CODE_SELECTOR, struct.pack("<QQ", 0x00AF9B000000FFFF, 0x00CF93000000FFFF)),
+        (IDT, bytes(gates)),
+        (HANDLERS, bytes(stubs)),
+    ]
 
 
 def handler_code(vector: int) -> bytes:
     """Give an exception handler's bytes: ``mov al, vector; out 0xe0, al; hlt; jmp .-1``."""
-    return bytes((0xB0, vector, 0xE6, 0xE0, 0xF4, 0xEB, 0xFD))
+    return bytes((0xB0, vector, 0xE6, EXCEPTION_PORT, 0xF4, 0xEB, 0xFD))
 
 
 def map_small_pages(memory: Host, virtual: int, table_gpa: int, table: Host) -> None:

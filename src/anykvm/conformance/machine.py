@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
 from anykvm.abi.structures import (
+    kvm_cpuid_entry2,
     kvm_create_guest_memfd,
     kvm_memory_attributes,
     kvm_regs,
@@ -52,8 +53,10 @@ class Machine:
         type: int = 0,
         irqchip: bool = False,
         prepare: Callable[[Vm], None] | None = None,
+        *,
+        cpuid: list[kvm_cpuid_entry2] | None = None,
     ) -> None:
-        """Make it; see ``Lab.machine``."""
+        """Make it; see ``Lab.machine``. ``cpuid``: the vCPU's, default all that is supported."""
         self._signals = signals
         self._keep = keep
         self.kvm: Kvm = open_kvm(backend)
@@ -67,7 +70,7 @@ class Machine:
         self.slot(0, 0, layout.MEMORY_SIZE, self.memory).check("slot 0")
         layout.build(self.memory)
         self.vcpu = self.vm.create_vcpu()
-        self.vcpu.set_cpuid2(self.kvm.get_supported_cpuid())
+        self.vcpu.set_cpuid2(self.kvm.get_supported_cpuid() if cpuid is None else cpuid)
         self.vcpu.set_sregs(layout.long_mode(self.vcpu.get_sregs()))
 
     @property

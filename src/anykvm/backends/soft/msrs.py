@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 MSR_IA32_UCODE_REV: Final = 0x8B
-MICROCODE_REVISION: Final = 0x1000065 << 32
+MICROCODE_REVISION: Final = 0x1000065
 """What MSR_IA32_UCODE_REV reads in a new vCPU; a number real hardware of this model has, so guests see no quirks."""
 
 MSRS_TO_SAVE: Final = (

@@ -49,12 +49,12 @@ cdef extern from "engine.h" nogil:
         AK_EXIT_MMIO
         AK_EXIT_HLT
         AK_EXIT_SHUTDOWN
+        AK_EXIT_SET_TPR
         AK_EXIT_FAULT
         AK_EXIT_DELIVERY
         AK_EXIT_IRQ_WINDOW
         AK_EXIT_HYPERCALL
         AK_EXIT_DIRTY_FULL
-        AK_EXIT_SET_TPR
         AK_EXIT_HWPOISON
         AK_COMPLETE_NONE
         AK_COMPLETE_PIO

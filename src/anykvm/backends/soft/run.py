@@ -168,12 +168,12 @@ def handle_exit(vcpu: native.vcpu_p) -> cython.int:
 
 
 def rare_exit(vcpu: native.vcpu_p, kind: cython.int) -> cython.int:
-    """The exits that end a guest, the interrupt window, and the task priority."""
-    if kind == native.AK_EXIT_SET_TPR:
-        vcpu.run.exit_reason = native.KVM_EXIT_SET_TPR
-        return 0
+    """The exits that end a guest, the interrupt window, and a lower task priority."""
     if kind == native.AK_EXIT_SHUTDOWN:
         vcpu.run.exit_reason = native.KVM_EXIT_SHUTDOWN
+        return 0
+    if kind == native.AK_EXIT_SET_TPR:
+        vcpu.run.exit_reason = native.KVM_EXIT_SET_TPR  # svm.c:cr8_write_interception(), without an in-kernel APIC
         return 0
     if kind == native.AK_EXIT_IRQ_WINDOW or kind == native.AK_EXIT_DIRTY_FULL:
         return 1  # rows 30 and 21 decide, at the loop's tail

@@ -75,6 +75,23 @@ static int write_cr4(struct ak_vcpu *v, u64 value)
     return 0;
 }
 
+/* MOV to CR8. User space, which has the APIC, is told of a priority that is lower than before: an interrupt may wait. */
+static void write_cr8(struct ak_vcpu *v, u64 value, uintptr_t retaddr)
+{
+    u64 before = v->cr8;
+    u8 code[15];
+    v->cr8 = value;
+    if (before <= value)
+        return;
+    cpu_restore_state_x86_64(v->cpu, retaddr, true);
+    u32 size = ak_peek_instruction(v, code), n = 0;
+    while (n < size && code[n] != 0x0f)
+        n++;
+    v->env->eip += n + 3; /* prefixes, 0F 22, and a register */
+    v->env->hflags &= ~HF_INHIBIT_IRQ_MASK;
+    ak_leave(v, AK_EXIT_SET_TPR, 0);
+}
+
 void helper_write_crN_x86_64(struct CPUX86State *env, int reg, u64 value)
 {
     struct ak_vcpu *v = ak_current;
@@ -97,13 +114,8 @@ void helper_write_crN_x86_64(struct CPUX86State *env, int reg, u64 value)
         break;
     case 8:
         bad = value & ~0xfull ? -1 : 0;
-        if (bad)
-            break;
-        if (value < v->cr8) { /* cr8_write_interception(): user space has the APIC, and interrupts it may now inject */
-            v->exit.kind = AK_EXIT_SET_TPR;
-            ak_kick(v);
-        }
-        v->cr8 = value;
+        if (!bad)
+            write_cr8(v, value, retaddr);
         break;
     default:
         bad = -1;
@@ -176,9 +188,11 @@ void helper_sysenter_x86_64(struct CPUX86State *env, int next_eip_addend)
     struct ak_vcpu *v = ak_current;
     uintptr_t retaddr = GETPC();
     (void)next_eip_addend;
+    bool lma = env->efer & EFER_LMA;
+    if (lma && ak_is_amd(v))
+        ak_raise(v, EXCP_UD, 0, retaddr); /* not there in long mode */
     if (!(env->sysenter_cs & 0xfffc))
         ak_raise(v, EXCP_GP, 0, retaddr);
-    bool lma = env->efer & EFER_LMA;
     env->eflags &= ~(u64)(RFLAGS_VM | RFLAGS_IF | RFLAGS_RF);
     load_segment(env, R_CS, env->sysenter_cs, FLAT_CODE | (lma ? DESC_L : DESC_B));
     load_segment(env, R_SS, (env->sysenter_cs & 0xfffc) + 8, FLAT_DATA);

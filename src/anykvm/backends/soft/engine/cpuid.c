@@ -39,6 +39,16 @@ bool ak_cpuid_has(struct ak_vcpu *v, u32 function, int reg, int bit)
     return value >> bit & 1;
 }
 
+/* guest_cpuid_is_amd_compatible(): by the vendor in the table; without a table it is not. */
+bool ak_is_amd(struct ak_vcpu *v)
+{
+    const struct kvm_cpuid_entry2 *e = find(v, 0, 0);
+    if (!e)
+        return false;
+    u32 vendor[3] = {e->ebx, e->edx, e->ecx};
+    return !memcmp(vendor, "AuthenticAMD", 12) || !memcmp(vendor, "HygonGenuine", 12);
+}
+
 /* Nanoseconds since the VM began, at the VM's frequency, plus this vCPU's offset. */
 u64 ak_tsc(struct ak_vcpu *v)
 {

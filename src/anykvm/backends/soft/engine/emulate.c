@@ -12,36 +12,68 @@ u32 ak_alone_cflags(const struct ak_vcpu *v)
     return 1 | (v->emulate_alone ? CF_ALONE : 0);
 }
 
-/* Whether KVM's emulator has this instruction, as an access to device memory: its tables lack x87 and SSE arithmetic, its
- * FXSAVE and FXRSTOR take memory only, and its IRET is real mode's. Sources: opcode_table, twobyte_table and em_iret() of
- * arch/x86/kvm/emulate.c. */
-static bool kvm_emulates(const u8 *code, u32 size, bool mode64, bool protected)
+struct prefixes {
+    bool opsize, repeat, rex_w; /* 66; F2 or F3; REX.W */
+};
+
+/* twobyte_table of arch/x86/kvm/emulate.c, for operands in memory: the opcode behind 0F and what follows it. Its FXSAVE
+ * and FXRSTOR take memory only, not device memory. */
+static bool kvm_emulates_0f(u8 op, u8 next, const struct prefixes *p)
 {
+    u32 group = (next >> 3) & 7;
+    switch (op) {
+    case 0x00: case 0x01: case 0x05: case 0x06: case 0x08: case 0x09: case 0x0d: case 0x6f: case 0x7f:
+    case 0x18 ... 0x1f: case 0x20 ... 0x23: case 0x30 ... 0x35: case 0x40 ... 0x4f: case 0x80 ... 0x9f:
+    case 0xa0 ... 0xa5: case 0xa8 ... 0xad: case 0xaf: case 0xb0 ... 0xb7: case 0xbb ... 0xbf: case 0xc0: case 0xc1:
+    case 0xc3: case 0xc8 ... 0xcf:
+        return true;
+    case 0x10: case 0x11: case 0x28: case 0x29: case 0x2b:
+        return !p->repeat;
+    case 0x38: /* MOVBE, MOVNTDQA */
+        return next == 0x2a ? p->opsize : (next & 0xfe) == 0xf0 && !p->repeat;
+    case 0xae: /* CLFLUSH, CLFLUSHOPT */
+        return group == 7 && !p->repeat;
+    case 0xba:
+        return group >= 4;
+    case 0xc7: /* CMPXCHG8B, not CMPXCHG16B */
+        return group == 1 && !p->rex_w;
+    case 0xe7:
+        return p->opsize && !p->repeat;
+    default:
+        return false;
+    }
+}
+
+/* Whether KVM's emulator has this instruction, as an access to device memory: its tables lack x87 and SSE arithmetic.
+ * Source: opcode_table of arch/x86/kvm/emulate.c. */
+static bool kvm_emulates(const struct ak_vcpu *v, const u8 *code, u32 size)
+{
+    bool mode64 = v->env->hflags & HF_CS64_MASK;
+    struct prefixes p = {0};
     u32 n = 0;
     for (; n < size; n++) {
         u8 b = code[n];
-        bool prefix = b == 0x26 || b == 0x2e || b == 0x36 || b == 0x3e || (b >= 0x64 && b <= 0x67) || b == 0xf0 ||
-                      b == 0xf2 || b == 0xf3 || (mode64 && (b & 0xf0) == 0x40);
-        if (!prefix)
+        if (b == 0x66)
+            p.opsize = true;
+        else if (b == 0xf2 || b == 0xf3)
+            p.repeat = true;
+        else if (mode64 && (b & 0xf0) == 0x40)
+            p.rex_w = b & 8;
+        else if (!(b == 0x26 || b == 0x2e || b == 0x36 || b == 0x3e || b == 0x64 || b == 0x65 || b == 0x67 || b == 0xf0))
             break;
     }
-    if (n < size && code[n] == 0xcf && protected)
+    if (n == size)
+        return true; /* not enough seen to say no */
+    u8 op = code[n], second = n + 1 < size ? code[n + 1] : 0, group = (second >> 3) & 7;
+    if (op == 0xcf) /* em_iret(): real mode only */
+        return !(v->env->cr[0] & CR0_PE);
+    if (op == 0x62 && (mode64 || second < 0xc0)) /* BOUND */
         return false;
     if (n + 2 > size)
-        return true; /* not enough seen to say no */
-    u8 op = code[n], second = code[n + 1], group = (second >> 3) & 7;
+        return true;
     if (op >= 0xd8 && op <= 0xdf) /* FNSTCW and FNSTSW are there */
         return (op == 0xd9 || op == 0xdd) && group == 7;
-    if (op != 0x0f || n + 3 > size)
-        return true;
-    group = (code[n + 2] >> 3) & 7;
-    if (second == 0xae)
-        return group == 7; /* CLFLUSH */
-    if (second == 0x38)
-        return code[n + 2] == 0xf0 || code[n + 2] == 0xf1; /* MOVBE, CRC32 */
-    return !((second >= 0x12 && second <= 0x17) || (second >= 0x2c && second <= 0x2f) || second == 0x2a ||
-             (second >= 0x51 && second <= 0x6e) || (second >= 0x70 && second <= 0x7e) || second == 0x3a ||
-             second == 0xc2 || (second >= 0xc4 && second <= 0xc6) || (second >= 0xd0 && second != 0xe7));
+    return op != 0x0f || n + 3 > size || kvm_emulates_0f(second, code[n + 2], &p);
 }
 
 /* Bytes of the page at a linear address, without side effects and without a fault. Returns how many, at most `most`. */
@@ -81,8 +113,7 @@ void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr)
     u8 bytes[15];
     v->translating = 0;
     cpu_restore_state_x86_64(v->cpu, retaddr, true);
-    u32 size = ak_instruction_bytes(v, bytes);
-    if (!kvm_emulates(bytes, size, v->env->hflags & HF_CS64_MASK, v->env->cr[0] & CR0_PE))
+    if (!kvm_emulates(v, bytes, ak_instruction_bytes(v, bytes)))
         ak_emulate_failed(v, 0);
     v->emulation = AK_ARMED;
     v->emulate_reached = 0;
@@ -105,6 +136,7 @@ bool ak_emulate_boundary(struct ak_vcpu *v)
 {
     if (v->emulation == AK_ARMED) {
         v->emulation = AK_RUNNING;
+        v->emulate_rip = v->env->eip;
         v->nreplay = v->nfragments = 0;
         v->cpu->cflags_next_tb = ak_alone_cflags(v);
         return true;
@@ -112,6 +144,8 @@ bool ak_emulate_boundary(struct ak_vcpu *v)
     stop_emulating(v);
     if (v->nfragments) {
         v->fragment = 0;
+        if (v->env->eip == v->emulate_rip) /* a REP that goes on; x86_emulate_insn() */
+            v->env->eflags |= RFLAGS_RF;
         v->exit.kind = AK_EXIT_MMIO;
         v->cpu->exit_request = 1;
     }
@@ -180,8 +214,8 @@ bool ak_emulate_reaches(struct ak_vcpu *v, u64 gpa, bool device)
 
 static u64 device_read(struct ak_vcpu *v, u64 gpa, u32 size, uintptr_t retaddr)
 {
-    if (v->nreplay < v->nlog)
-        return v->log[v->nreplay++].data;
+    if (v->nreplay < v->nlog) /* of the 8 bytes in kvm_run only as many are the answer as were asked for */
+        return v->log[v->nreplay++].data & (~0ull >> (64 - 8 * size));
     read_exit(v, gpa, size, retaddr);
 }
 
@@ -201,6 +235,13 @@ static void device_write(struct ak_vcpu *v, u64 gpa, u64 data, u32 size, uintptr
         (struct ak_access_log){.gpa = gpa, .data = data, .size = (u8)size, .is_write = size == 1 ? 1 : 2};
 }
 
+#define MO_BSWAP 8 /* of an access: MOVBE's */
+
+static u64 swapped(u64 data, u32 size, int op)
+{
+    return op & MO_BSWAP ? __builtin_bswap64(data) >> (64 - 8 * size) : data;
+}
+
 /* Replace the engine's device dispatch: whole accesses of up to 8 bytes, and no call into its callbacks. addr is the
  * offset in the window, so the gpa. */
 u32 memory_region_dispatch_read_x86_64(struct uc_struct *uc, void *mr, u64 addr, u64 *value, int op, MemTxAttrs attrs)
@@ -209,7 +250,8 @@ u32 memory_region_dispatch_read_x86_64(struct uc_struct *uc, void *mr, u64 addr,
     (void)uc;
     (void)mr;
     (void)attrs;
-    *value = device_read(v, addr, 1u << (op & 3), v->cpu->mem_io_pc);
+    u32 size = 1u << (op & 3);
+    *value = swapped(device_read(v, addr, size, v->cpu->mem_io_pc), size, op);
     return 0;
 }
 
@@ -219,7 +261,8 @@ u32 memory_region_dispatch_write_x86_64(struct uc_struct *uc, void *mr, u64 addr
     (void)uc;
     (void)mr;
     (void)attrs;
-    device_write(v, addr, data, 1u << (op & 3), v->cpu->mem_io_pc);
+    u32 size = 1u << (op & 3);
+    device_write(v, addr, swapped(data, size, op), size, v->cpu->mem_io_pc);
     return 0;
 }
 
@@ -231,7 +274,6 @@ static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, 
     struct ak_translation t[2] = {{0}, {0}};
     u32 first = size, i, n = 1;
     bool device = false;
-    (void)env;
     if (v->emulation != AK_RUNNING || !(addr & (size - 1)))
         return false;
     if (((addr + size - 1) ^ addr) & AK_PAGE_MASK) {
@@ -240,11 +282,18 @@ static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, 
     }
     for (i = 0; i < n; i++) {
         u64 va = i ? addr + first : addr;
-        if (ak_walk(v, va, AK_READ, (int)(oi & 15), true, &t[i]) != AK_WALK_OK)
+        int r = ak_walk(v, va, AK_READ, (int)(oi & 15), true, &t[i]);
+        if (r == AK_WALK_PF && device) { /* a fault of the second page comes before the device is read */
+            env->cr[2] = va;
+            ak_raise(v, EXCP_PF, (int)t[i].error_code, retaddr);
+        }
+        if (r != AK_WALK_OK)
             return false; /* the ordinary path raises the fault */
         if (ak_data_pfn(v, t[i].gpa, AK_READ, &t[i]) == KVM_PFN_OK)
             continue;
         device = true;
+        if (ak_locked_in_read_only_slot(v, va, (int)(oi & 15)))
+            v->emulate_reached = 1;
         if (!ak_emulate_reaches(v, t[i].gpa, t[i].pfn == KVM_PFN_NOSLOT))
             return false;
     }
@@ -278,6 +327,31 @@ LOAD(helper_le_ldul_mmu_x86_64, u32, 4)
 LOAD(helper_le_ldq_mmu_x86_64, u64, 8)
 LOAD(helper_le_ldsw_mmu_x86_64, int16_t, 2)
 LOAD(helper_le_ldsl_mmu_x86_64, int32_t, 4)
+
+#define LOAD_SWAPPED(name, size)                                                                                       \
+    extern u64 __real_##name(struct CPUX86State *, u64, u32, uintptr_t);                                               \
+    u64 __wrap_##name(struct CPUX86State *env, u64 addr, u32 oi, uintptr_t retaddr)                                    \
+    {                                                                                                                  \
+        u64 value;                                                                                                     \
+        if (__builtin_expect(ak_current->emulation == AK_RUNNING, 0) &&                                                \
+            unaligned_load(env, addr, oi, size, retaddr, &value))                                                      \
+            return swapped(value, size, MO_BSWAP);                                                                     \
+        return __real_##name(env, addr, oi, retaddr);                                                                  \
+    }
+LOAD_SWAPPED(helper_be_lduw_mmu_x86_64, 2)
+LOAD_SWAPPED(helper_be_ldul_mmu_x86_64, 4)
+LOAD_SWAPPED(helper_be_ldq_mmu_x86_64, 8)
+
+/* The load of CMPXCHG8B, which is a helper of its own. */
+extern u64 __real_cpu_ldq_data_ra_x86_64(struct CPUX86State *, u64, uintptr_t);
+u64 __wrap_cpu_ldq_data_ra_x86_64(struct CPUX86State *env, u64 addr, uintptr_t retaddr)
+{
+    u64 value;
+    if (__builtin_expect(ak_current->emulation == AK_RUNNING, 0) &&
+        unaligned_load(env, addr, (u32)ak_data_mmu_index(ak_current), 8, retaddr, &value))
+        return value;
+    return __real_cpu_ldq_data_ra_x86_64(env, addr, retaddr);
+}
 
 /* Run the instruction at RIP alone and without atomics, from the next entry on. */
 void ak_emulate_alone(struct ak_vcpu *v)

@@ -130,8 +130,10 @@ void ak_vcpu_destroy(struct ak_vcpu *v)
 static void reset_or_init(struct ak_vcpu *v)
 {
     struct CPUX86State *env = v->env;
+    u32 leaf[4];
     memset(env->regs, 0, sizeof env->regs);
-    env->regs[R_EDX] = 0x830f10;
+    ak_cpuid(v, 1, 0, leaf);
+    env->regs[R_EDX] = leaf[0] ? leaf[0] : 0x600; /* the processor's signature */
     env->eip = 0xfff0;
     env->eflags = 2;
     env->hflags = 0;
@@ -159,21 +161,23 @@ static void reset_or_init(struct ak_vcpu *v)
 
 void ak_vcpu_reset(struct ak_vcpu *v)
 {
-    struct kvm_fpu fpu = {.fcw = 0x37f, .mxcsr = 0x1f80, .ftwx = 0xff};
+    struct kvm_fpu fpu = {.fcw = 0x37f, .mxcsr = 0x1f80}; /* fpu_init_fpstate_user(): not what a processor resets to */
     reset_or_init(v);
     v->env->xcr0 = 1;
     v->env->pat = 0x0007040600070406ull;
-    v->msr = (struct ak_msr_state){.apic_base = 0xfee00800 | (v->id ? 0 : 0x100), .misc_enable = 1, .bios_sign_id = 0x1000065ull << 32};
+    v->msr = (struct ak_msr_state){.apic_base = 0xfee00800 | (v->id ? 0 : 0x100), .misc_enable = 1, .bios_sign_id = 0x1000065};
     ak_set_fpu(v, &fpu);
 }
 
 /* After a triple fault SVM's state is undefined, so KVM gives the vCPU an INIT (shutdown_interception()). It keeps the
- * cache bits of CR0, the FPU and the MSRs. */
+ * cache bits of CR0, the FPU and the MSRs, and whether NMIs are blocked. */
 static void init_after_shutdown(struct ak_vcpu *v)
 {
     u64 cache = v->env->cr[0] & (CR0_CD | CR0_NW);
+    u32 blocked = v->env->hflags2 & HF2_NMI_MASK;
     reset_or_init(v);
     v->env->cr[0] = cache | 0x10;
+    v->env->hflags2 |= blocked;
 }
 
 /* Leave guest code for the contract, the state restored to the instruction that translated code was in. */

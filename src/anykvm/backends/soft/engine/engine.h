@@ -53,12 +53,12 @@ enum ak_exit_kind {
     AK_EXIT_SHUTDOWN,     /* triple fault */
     AK_EXIT_FAULT,        /* a guest page fault KVM cannot resolve: gpa, hva, access, err, annotate */
     AK_EXIT_EMULATION,    /* KVM_INTERNAL_ERROR_EMULATION */
+    AK_EXIT_SET_TPR,      /* the guest lowered CR8; it has done so */
     AK_EXIT_DELIVERY,     /* KVM_INTERNAL_ERROR_DELIVERY_EV: gpa of the device page met while delivering */
     AK_EXIT_IRQ_WINDOW,   /* an interrupt can be taken and somebody waits for that */
     AK_EXIT_HYPERCALL,    /* VMCALL/VMMCALL */
     AK_EXIT_DIRTY_FULL,   /* the dirty ring is at its soft limit */
     AK_EXIT_ENGINE,       /* the engine could not go on; err */
-    AK_EXIT_SET_TPR,      /* MOV to CR8 has lowered the task priority */
     AK_EXIT_HWPOISON,     /* a poisoned page of ordinary memory: SIGBUS for this thread, at hva */
 };
 
@@ -171,6 +171,7 @@ enum ak_completion { AK_COMPLETE_NONE = 0, AK_COMPLETE_PIO, AK_COMPLETE_STRING_I
 struct ak_msr_state {
     u64 apic_base, misc_enable, tsc_adjust, hwcr, bios_sign_id, platform_info, mcg_status, mcg_ctl, spec_ctrl;
     u64 mtrr_def, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8];
+    u64 sysenter_cs; /* all 64 bits, of which SYSENTER uses 16 */
     int64_t tsc_offset;
 };
 
@@ -256,6 +257,7 @@ struct ak_vcpu {
     u64 insn_pc;              /* translate.c: bytes shown to the decoder instead of memory */
     u32 insn_len;
     u8 insn_bytes[16];
+    u32 insn_hidden;          /* bytes of it that the decoder was not shown */
     void *tlb_flush_pending;
     u32 gmem_closings;        /* those of the VM that its TLB knows of */
     struct ak_dirty_ring ring;
@@ -395,6 +397,8 @@ void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noret
 void ak_emulate_alone(struct ak_vcpu *v);
 u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15]);
 u32 ak_peek_instruction(struct ak_vcpu *v, u8 bytes[15]);
+int ak_data_mmu_index(const struct ak_vcpu *v);
+bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx);
 u32 ak_alone_cflags(const struct ak_vcpu *v);
 bool ak_emulate_boundary(struct ak_vcpu *v);
 bool ak_next_fragment(struct ak_vcpu *v);
@@ -420,6 +424,7 @@ int ak_msr_set(struct ak_vcpu *v, u32 index, u64 value, bool host);
 void ak_cpuid(struct ak_vcpu *v, u32 function, u32 index, u32 out[4]);
 int ak_cpuid_load(struct ak_vcpu *v, const struct kvm_cpuid_entry2 *entries, u32 n);
 bool ak_cpuid_has(struct ak_vcpu *v, u32 function, int reg, int bit);
+bool ak_is_amd(struct ak_vcpu *v);
 u64 ak_tsc(struct ak_vcpu *v);
 u64 ak_cr4_reserved(struct ak_vcpu *v);
 u64 ak_efer_reserved(struct ak_vcpu *v);

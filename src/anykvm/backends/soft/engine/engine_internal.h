@@ -51,7 +51,7 @@ enum { R_ES, R_CS, R_SS, R_DS, R_FS, R_GS };
 #define EFER_LME (1u << 8)
 #define EFER_LMA (1u << 10)
 #define EFER_NXE (1u << 11)
-#define EFER_SUPPORTED (EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE)
+#define EFER_SUPPORTED ((u64)(EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE))
 #define RFLAGS_TF (1u << 8)
 #define RFLAGS_IF (1u << 9)
 #define RFLAGS_DF (1u << 10)

@@ -8,6 +8,12 @@ static bool has_error_code(u32 vector)
     return vector == 8 || (vector >= 10 && vector <= 14) || vector == 17;
 }
 
+/* exception_type(): faults, which leave RIP at the instruction. */
+static bool is_fault(u32 vector)
+{
+    return vector != 1 && vector != 2 && vector != 3 && vector != 4 && vector != 8 && vector != 18;
+}
+
 /* Raise a guest exception from adapter code. */
 void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr)
 {
@@ -67,6 +73,16 @@ static void deliver_nmi(struct ak_vcpu *v)
 bool ak_is_string_io(struct ak_vcpu *v);
 bool ak_is_hypercall(struct ak_vcpu *v);
 u32 ak_icebp_length(struct ak_vcpu *v);
+bool ak_is_sysenter(struct ak_vcpu *v);
+bool ak_is_iret(struct ak_vcpu *v);
+
+static void queue_exception(struct ak_vcpu *v, u32 vector)
+{
+    v->event.pending = 1;
+    v->event.vector = (u8)vector;
+    v->event.has_error = has_error_code(vector) && (v->env->cr[0] & CR0_PE);
+    v->event.error_code = (u32)v->env->error_code;
+}
 
 /* The engine's exception hook, between blocks: exception_index, error_code, is_int are set, RIP is exact. */
 void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
@@ -93,12 +109,25 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
             env->old_exception = -1;
             ak_leave(v, AK_EXIT_HYPERCALL, 0);
         }
+        if (ak_is_sysenter(v) && (env->hflags & HF_CS64_MASK) && !(env->hflags & HF_CPL_MASK)) {
+            env->old_exception = -1;
+            ak_emulate_failed(v, 0); /* intercepted, and given up by em_sysenter() */
+        }
+    }
+    if (v->stopping && !env->exception_is_int) { /* a completion, not a run: kvm_queue_exception(), for the next entry */
+        queue_exception(v, vector);
+        env->old_exception = -1;
+        ak_leave(v, AK_EXIT_KICKED, 0);
+    }
+    if (is_fault(vector) && !env->exception_is_int) {
+        env->eflags |= RFLAGS_RF; /* in the image on the stack */
+        if ((env->hflags2 & HF2_NMI_MASK) && ak_is_iret(v))
+            env->hflags2 &= ~HF2_NMI_MASK; /* iret_interception(): the attempt is enough */
     }
     v->deliver_soft = env->exception_is_int;
+    queue_exception(v, vector);
+    v->event.pending = 0;
     v->event.injected = !env->exception_is_int;
-    v->event.vector = (u8)vector;
-    v->event.has_error = has_error_code(vector) && (env->cr[0] & CR0_PE);
-    v->event.error_code = (u32)env->error_code;
     deliver(v, deliver_exception);
     v->event.injected = 0;
     v->deliver_soft = 0;
@@ -133,6 +162,14 @@ void helper_check_exit_request_x86_64(void *uc, u32 in_delay_slot)
     if (__builtin_expect((int32_t)v->cpu->icount_decr_ptr->u32 >= 0, 1) || v->emulation == AK_RUNNING)
         return;
     cpu_loop_exit_restore_x86_64(v->cpu, GETPC());
+}
+
+/* kvm_check_and_inject_events(): injected until it is delivered; NMIs are blocked from then to IRET. */
+static void inject_nmi(struct ak_vcpu *v)
+{
+    v->env->hflags2 |= HF2_NMI_MASK;
+    deliver(v, deliver_nmi);
+    v->event.nmi_injected = 0;
 }
 
 bool ak_sse_boundary(struct ak_vcpu *v);
@@ -172,10 +209,9 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     }
     if (v->single_step_sse)
         taken = ak_sse_boundary(v);
-    /* What user space or an earlier entry injected comes first, whatever blocks it; then what waits. */
+    /* What user space or an earlier entry injected comes first, whether IF or an NMI blocks it or not; then what waits. */
     if (v->event.nmi_injected) {
-        deliver(v, deliver_nmi);
-        v->event.nmi_injected = 0;
+        inject_nmi(v);
         taken = true;
     }
     if (v->event.irq_injected) {
@@ -184,15 +220,12 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
         taken = true;
     }
     if (v->event.nmi_pending && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
-        v->event.nmi_pending = 0;
         v->event.nmi_injected = 1;
-        v->env->hflags2 |= HF2_NMI_MASK;
-        deliver(v, deliver_nmi);
-        v->event.nmi_injected = 0;
+        v->event.nmi_pending--;
+        inject_nmi(v);
         taken = true;
     }
-    bool open = (v->env->eflags & RFLAGS_IF) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
-    if (open && !taken && v->run->request_interrupt_window && v->exit.kind == AK_EXIT_NONE) {
+    if (!taken && ak_interrupt_allowed(v) && v->run->request_interrupt_window) {
         v->exit.kind = AK_EXIT_IRQ_WINDOW;
         cpu->exit_request = 1;
     }
@@ -201,9 +234,30 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     return taken;
 }
 
+static bool is_soft(u32 vector)
+{
+    return vector == 3 || vector == 4;
+}
+
+/* svm_update_soft_interrupt_rip(): #BP and #OF are of the instruction at RIP, behind which they report. If it is not
+ * INT3, INT n or INTO, nothing is injected. */
+static bool at_soft_exception(struct ak_vcpu *v)
+{
+    u8 code[15];
+    u32 size = ak_peek_instruction(v, code);
+    if (!size || (code[0] != 0xcc && code[0] != 0xcd && code[0] != 0xce))
+        return false;
+    v->env->eip += code[0] == 0xcd ? 2 : 1;
+    return true;
+}
+
 /* Before entering: what is injected comes first. */
 bool ak_deliver_pending(struct ak_vcpu *v)
 {
+    if (waiting(v))
+        v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
+    if ((v->event.injected || v->event.pending) && !v->stopping && is_soft(v->event.vector) && !at_soft_exception(v))
+        v->event.injected = v->event.pending = 0;
     if ((v->event.injected || v->event.pending) && !v->stopping) {
         v->cpu->exception_index = v->event.vector;
         v->env->error_code = (int)v->event.error_code;
@@ -211,8 +265,6 @@ bool ak_deliver_pending(struct ak_vcpu *v)
         return true;
     }
     if (v->emulation != AK_NATIVE || v->string_in || v->stopping)
-        v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
-    if (waiting(v))
         v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
     return false;
 }

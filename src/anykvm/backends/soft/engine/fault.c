@@ -91,6 +91,15 @@ static bool in_code(const struct ak_vcpu *v, uintptr_t pc)
     return pc - (uintptr_t)tcg->code_gen_buffer < tcg->code_gen_buffer_size;
 }
 
+/* The load of a locked instruction that runs alone for want of atomicity. To KVM the whole access is a write: in a
+ * read-only slot it has begun to emulate before it looks at what the host has there. */
+bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx)
+{
+    struct ak_translation t = {0};
+    return v->emulate_alone && ak_walk(v, addr, AK_WRITE, mmu_idx, false, &t) == AK_WALK_OK &&
+           ak_data_pfn(v, t.gpa, AK_WRITE, &t) == KVM_PFN_ERR_RO_FAULT;
+}
+
 /* Replaces the engine's TLB fill: both stages, then one entry that allows no more than this access proved. */
 _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int access, int mmu_idx, _Bool probe,
                               uintptr_t retaddr)
@@ -145,6 +154,8 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
         v->emulate_gpa = t.gpa;
         ak_emulate_start(v, retaddr);
     }
+    if (access == AK_READ && ak_locked_in_read_only_slot(v, addr, mmu_idx))
+        v->emulate_reached = 1;
     if (!ak_emulate_reaches(v, t.gpa, device))
         fault_exit(v, &t, retaddr);
     /* KVM's emulator: whatever cannot be touched is a device page (ABI.md 0.9) */

@@ -13,6 +13,7 @@
 extern void helper_set_dr_x86_64(struct CPUX86State *env, int reg, u64 value);
 int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *events);
 void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *events);
+void ak_queue_nmis(struct ak_vcpu *v, u32 count);
 
 /* -- VM ------------------------------------------------------------------------------------------------------------ */
 
@@ -222,10 +223,11 @@ static int set_debugregs(struct ak_vcpu *v, const struct kvm_debugregs *d)
     helper_set_dr_x86_64(v->env, 7, 0);
     for (int i = 0; i < 4; i++)
         helper_set_dr_x86_64(v->env, i, d->db[i]);
-    helper_set_dr_x86_64(v->env, 6, d->dr6);
     helper_set_dr_x86_64(v->env, 7, d->dr7);
     v->env->dr[6] = d->dr6; /* with no bit forced: what was set is what KVM_GET_DEBUGREGS gives */
     ak_current = NULL;
+    v->env->dr[6] = d->dr6; /* as given, bits that are always 1 or 0 too */
+    v->env->dr[7] = d->dr7;
     return 0;
 }
 
@@ -311,8 +313,11 @@ static void translate(struct ak_vcpu *v, struct kvm_translation *t)
 {
     u64 gpa;
     u32 writeable, usermode;
+    u64 address = t->linear_address;
+    if (v->env->efer & EFER_LMA) /* the walk looks at 48 bits, and at no others */
+        address = (u64)((int64_t)(address << 16) >> 16);
     ak_guest_enter(v);
-    t->valid = !ak_translate(v, t->linear_address, &gpa, &writeable, &usermode);
+    t->valid = !ak_translate(v, address, &gpa, &writeable, &usermode);
     ak_guest_exit(v);
     t->physical_address = t->valid ? gpa : INVALID_GPA;
     t->writeable = 1;
@@ -371,7 +376,7 @@ static int vcpu_ioctl(struct ak_vcpu *v, u32 request, void *data)
     case KVM_TRANSLATE: return translate(v, data), 0;
     case KVM_SET_SIGNAL_MASK: return set_sigmask(v, data), 0;
     case KVM_INTERRUPT: return queue_interrupt(v, data);
-    case KVM_NMI: return v->event.nmi_pending = 1, 0;
+    case KVM_NMI: return ak_queue_nmis(v, 1), 0;
     default: return -EINVAL;
     }
 }

@@ -27,6 +27,11 @@
 #define MSR_KERNEL_GS_BASE 0xc0000102
 #define MSR_TSC_AUX 0xc0000103
 #define MSR_K7_HWCR 0xc0010015
+#define HWCR_TLB_CACHE_DIS (1u << 3)
+#define HWCR_FFDIS (1u << 6)
+#define HWCR_IGNNE_EM (1u << 8)
+#define HWCR_MC_STATUS_WR_EN (1u << 18)
+#define HWCR_TSC_FREQ_SEL (1u << 24)
 
 static bool canonical(u64 a)
 {
@@ -41,8 +46,6 @@ struct plain {
     bool address;
 };
 #define AT(name, expr) static u64 *at_##name(struct ak_vcpu *v) { return &(expr); }
-AT(sysenter_esp, v->env->sysenter_esp)
-AT(sysenter_eip, v->env->sysenter_eip)
 AT(star, v->env->star)
 AT(lstar, v->env->lstar)
 AT(cstar, v->env->cstar)
@@ -50,27 +53,19 @@ AT(fmask, v->env->fmask)
 AT(fs, v->env->segs[R_FS].base)
 AT(gs, v->env->segs[R_GS].base)
 AT(kernelgs, v->env->kernelgsbase)
-AT(tsc_aux, v->env->tsc_aux)
 AT(misc_enable, v->msr.misc_enable)
-AT(hwcr, v->msr.hwcr)
 AT(mcg_status, v->msr.mcg_status)
-AT(mtrr_def, v->msr.mtrr_def)
 
 static const struct plain plains[] = {
-    {MSR_SYSENTER_ESP, at_sysenter_esp, 0, false},
-    {MSR_SYSENTER_EIP, at_sysenter_eip, 0, false},
     {MSR_STAR, at_star, 0, false},
     {MSR_LSTAR, at_lstar, 0, true},
     {MSR_CSTAR, at_cstar, 0, true},
-    {MSR_FMASK, at_fmask, ~0xffffffffull, false},
+    {MSR_FMASK, at_fmask, 0, false},
     {MSR_FS_BASE, at_fs, 0, true},
     {MSR_GS_BASE, at_gs, 0, true},
     {MSR_KERNEL_GS_BASE, at_kernelgs, 0, true},
-    {MSR_TSC_AUX, at_tsc_aux, ~0xffffffffull, false},
     {MSR_MISC_ENABLE, at_misc_enable, 0, false},
-    {MSR_K7_HWCR, at_hwcr, ~0x1000000ull, false},
-    {MSR_MCG_STATUS, at_mcg_status, ~7ull, false},
-    {MSR_MTRR_DEF, at_mtrr_def, ~0xcffull, false},
+    {MSR_MCG_STATUS, at_mcg_status, 0, false},
 };
 
 static const struct plain *find_plain(u32 index)
@@ -116,7 +111,12 @@ int ak_msr_get(struct ak_vcpu *v, u32 index, u64 *value, bool host)
     case MSR_PLATFORM_INFO: *value = v->msr.platform_info; return 0;
     case MSR_MTRRCAP: *value = 0x508; return 0; /* 8 variable ranges, fixed ranges, write-combining */
     case MSR_MCG_CAP: *value = 0; return 0;
-    case MSR_SYSENTER_CS: *value = v->env->sysenter_cs; return 0;
+    case MSR_SYSENTER_CS: *value = v->msr.sysenter_cs; return 0;
+    case MSR_SYSENTER_ESP: *value = v->env->sysenter_esp; return 0;
+    case MSR_SYSENTER_EIP: *value = v->env->sysenter_eip; return 0;
+    case MSR_TSC_AUX: *value = v->env->tsc_aux; return 0;
+    case MSR_K7_HWCR: *value = v->msr.hwcr; return 0;
+    case MSR_MTRR_DEF: *value = v->msr.mtrr_def; return 0;
     case MSR_PAT: *value = v->env->pat; return 0;
     case MSR_EFER: *value = v->env->efer; return 0;
     default: return -1;
@@ -131,17 +131,49 @@ static bool valid_pat(u64 value)
     return true;
 }
 
-/* valid_mtrr_type(): UC, WC, WT, WP, WB. */
-static bool valid_memory_type(u64 type)
+static bool is_mtrr(u32 index)
 {
-    return type < 8 && (0x73 >> type & 1);
+    return index == MSR_MTRR_DEF || (index >= MSR_MTRR_PHYS && index < MSR_MTRR_PHYS + 16) || fixed_mtrr(index) >= 0;
+}
+
+/* mtrr.c:kvm_mtrr_valid(): memory types 0, 1, 4, 5, 6, and no reserved bits. */
+static bool valid_mtrr(u32 index, u64 value)
+{
+    const u32 types = 0x73;
+    u64 reserved = ~((1ull << AK_MAXPHYADDR) - 1);
+    if (index == MSR_MTRR_DEF)
+        return !(value & ~0xcffull) && (value & 0xff) < 8 && (types >> (value & 0xff) & 1);
+    if (fixed_mtrr(index) >= 0) {
+        for (int i = 0; i < 8; i++, value >>= 8)
+            if ((value & 0xff) >= 8 || !(types >> (value & 0xff) & 1))
+                return false;
+        return true;
+    }
+    if (index & 1)
+        return !(value & (reserved | 0x7ff));
+    return (value & 0xff) < 8 && (types >> (value & 0xff) & 1) && !(value & (reserved | 0xf00));
+}
+
+/* SYSENTER's addresses: any value is taken, made canonical, and of it AMD's processors have 32 bits. */
+static u64 sysenter_address(struct ak_vcpu *v, u64 value)
+{
+    return ak_is_amd(v) ? (u32)value : (u64)((int64_t)(value << 16) >> 16);
+}
+
+static int set_hwcr(struct ak_vcpu *v, u64 value)
+{
+    value &= ~(u64)(HWCR_TLB_CACHE_DIS | HWCR_FFDIS | HWCR_IGNNE_EM); /* ignored */
+    if (value & ~(u64)(HWCR_MC_STATUS_WR_EN | HWCR_TSC_FREQ_SEL))
+        return -1;
+    v->msr.hwcr = value;
+    return 0;
 }
 
 static int set_efer(struct ak_vcpu *v, u64 value, bool host)
 {
     struct CPUX86State *env = v->env;
     u64 old = env->efer;
-    if (value & (host ? ~(u64)EFER_SUPPORTED : ak_efer_reserved(v)))
+    if ((value & ~EFER_SUPPORTED) || (!host && (value & ak_efer_reserved(v))))
         return -1;
     if ((env->cr[0] & CR0_PG) && ((old ^ value) & EFER_LME) && !host)
         return -1;
@@ -159,16 +191,12 @@ int ak_msr_set(struct ak_vcpu *v, u32 index, u64 value, bool host)
     if (p) {
         if ((value & p->reserved) || (p->address && !canonical(value)))
             return -1;
-        if (index == MSR_MTRR_DEF && !valid_memory_type(value & 0xff))
-            return -1;
-        if (index == MSR_SYSENTER_ESP || index == MSR_SYSENTER_EIP)
-            value = (u32)value; /* AMD's have 32 bits; Intel's processors only keep more (svm_set_msr()) */
         *p->at(v) = value;
         return 0;
     }
+    if (is_mtrr(index) && !valid_mtrr(index, value))
+        return -1;
     if (index >= MSR_MTRR_PHYS && index < MSR_MTRR_PHYS + 16) {
-        if (value >> AK_MAXPHYADDR)
-            return -1;
         (index & 1 ? v->msr.mtrr_mask : v->msr.mtrr_base)[(index - MSR_MTRR_PHYS) / 2] = value;
         return 0;
     }
@@ -199,7 +227,19 @@ int ak_msr_set(struct ak_vcpu *v, u32 index, u64 value, bool host)
             return -1;
         v->msr.platform_info = value;
         return 0;
-    case MSR_SYSENTER_CS: v->env->sysenter_cs = (u32)value; return 0;
+    case MSR_SYSENTER_CS:
+        v->msr.sysenter_cs = value;
+        v->env->sysenter_cs = (u32)value;
+        return 0;
+    case MSR_SYSENTER_ESP: v->env->sysenter_esp = sysenter_address(v, value); return 0;
+    case MSR_SYSENTER_EIP: v->env->sysenter_eip = sysenter_address(v, value); return 0;
+    case MSR_TSC_AUX: /* AMD's processors ignore the upper half, Intel's do not */
+        if (value >> 32 && !ak_is_amd(v))
+            return -1;
+        v->env->tsc_aux = (u32)value;
+        return 0;
+    case MSR_K7_HWCR: return set_hwcr(v, value);
+    case MSR_MTRR_DEF: v->msr.mtrr_def = value; return 0;
     case MSR_PAT:
         if (!valid_pat(value))
             return -1;

@@ -78,6 +78,7 @@ static void __attribute__((noreturn)) pio_exit(struct ak_vcpu *v, u32 port, u32 
 {
     check_io(v, port, size, ra);
     cpu_restore_state_x86_64(v->cpu, ra, true);
+    v->env->eflags &= ~(u64)RFLAGS_RF; /* of an instruction before, in this block */
     v->pio_rip = linear_rip(v);
     v->pio_len = pio_length(v, v->pio_rip);
     v->pio_size = size;
@@ -193,18 +194,26 @@ static u64 string_address(struct ak_vcpu *v, const struct string_io *s)
     return (u32)(base + at);
 }
 
+static void retire(struct ak_vcpu *v, const struct string_io *s)
+{
+    v->env->eip += s->len;
+    v->env->eflags &= ~(u64)RFLAGS_RF;
+}
+
 static void advance(struct ak_vcpu *v, const struct string_io *s, u32 items)
 {
     int64_t step = (v->env->df < 0 ? -1 : 1) * (int64_t)s->size * items;
     int reg = s->in ? R_EDI : R_ESI;
     set_reg(v, reg, s->addr_bytes, v->env->regs[reg] + (u64)step);
-    if (s->rep) /* RIP stays: the instruction retires when it runs again and finds RCX 0 */
+    if (s->rep) { /* RIP stays: the instruction retires when it runs again and finds RCX 0 */
         set_reg(v, R_ECX, s->addr_bytes, (v->env->regs[R_ECX] - items) & address_mask(s->addr_bytes));
-    else
-        v->env->eip += s->len;
+        v->env->eflags |= RFLAGS_RF;
+    } else
+        retire(v, s);
 }
 
-static int mmu_index(struct ak_vcpu *v)
+/* The engine's index of data accesses at the current privilege. */
+int ak_data_mmu_index(const struct ak_vcpu *v)
 {
     if ((v->env->hflags & HF_CPL_MASK) == 3)
         return MMU_USER_IDX;
@@ -220,7 +229,7 @@ static u32 guest_copy(struct ak_vcpu *v, u64 va, u8 *data, u32 size, bool write)
         u64 at = va + done;
         u32 part = size - done, room = (u32)(AK_PAGE_SIZE - (at & ~AK_PAGE_MASK));
         part = part < room ? part : room;
-        int r = ak_walk(v, at, write ? AK_WRITE : AK_READ, mmu_index(v), true, &t);
+        int r = ak_walk(v, at, write ? AK_WRITE : AK_READ, ak_data_mmu_index(v), true, &t);
         if (r == AK_WALK_GP)
             ak_raise(v, EXCP_GP, 0, 0);
         if (r != AK_WALK_OK) {
@@ -257,11 +266,11 @@ static u32 guest_copy(struct ak_vcpu *v, u64 va, u8 *data, u32 size, bool write)
     return done;
 }
 
+/* How many items emulate.c:pio_in_emulated() asks for: as many as the page has bytes, whatever the size of an item. */
 static u32 ins_items(struct ak_vcpu *v, const struct string_io *s)
 {
-    u64 count = s->rep ? v->env->regs[R_ECX] & address_mask(s->addr_bytes) : 1;
-    u64 in_page = v->env->df < 0 ? (v->env->regs[R_EDI] & ~AK_PAGE_MASK) / s->size
-                                 : (AK_PAGE_SIZE - (v->env->regs[R_EDI] & ~AK_PAGE_MASK)) / s->size;
+    u64 count = s->rep ? v->env->regs[R_ECX] & address_mask(s->addr_bytes) : 1, at = v->env->regs[R_EDI] & ~AK_PAGE_MASK;
+    u64 in_page = v->env->df < 0 ? at : AK_PAGE_SIZE - at;
     u64 n = count < INS_BUFFER / s->size ? count : INS_BUFFER / s->size;
     n = in_page < n ? in_page : n;
     return n ? (u32)n : 1;
@@ -275,7 +284,7 @@ void ak_string_io(struct ak_vcpu *v)
     decode_string(v, &s);
     check_io(v, port, s.size, 0);
     if (s.rep && !(v->env->regs[R_ECX] & address_mask(s.addr_bytes))) {
-        v->env->eip += s.len;
+        retire(v, &s);
         return;
     }
     v->exit.port = port;
@@ -309,15 +318,14 @@ void ak_finish_string_in(struct ak_vcpu *v)
     if (left < items) /* the caller changed RCX between the exits */
         items = (u32)left;
     v->nfragments = v->fragment = 0;
-    if (v->env->df < 0) /* one by one, to lower and lower addresses */
-        for (u32 i = 0; i < items; i++) {
-            guest_copy(v, string_address(v, &s), pio_data(v) + i * s.size, s.size, true);
-            advance(v, &s, 1);
-        }
-    else {
-        if (items)
-            guest_copy(v, string_address(v, &s), pio_data(v), items * s.size, true);
+    if (v->env->df >= 0 && items) {
+        guest_copy(v, string_address(v, &s), pio_data(v), items * s.size, true);
         advance(v, &s, items);
+    }
+    /* Backwards it is one item at a time; those behind one that went to a device are asked for again. */
+    for (u32 i = 0; v->env->df < 0 && i < items && !v->nfragments; i++) {
+        guest_copy(v, string_address(v, &s), pio_data(v) + i * s.size, s.size, true);
+        advance(v, &s, 1);
     }
     if (v->nfragments)
         v->exit.kind = AK_EXIT_MMIO;

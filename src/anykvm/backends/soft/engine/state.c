@@ -70,13 +70,14 @@ void ak_update_hflags(struct ak_vcpu *v)
     env->hflags = h;
 }
 
+/* svm_get_segment(): G is what the limit needs. */
 static void get_segment(const struct SegmentCache *c, struct kvm_segment *s)
 {
     u32 f = c->flags;
     *s = (struct kvm_segment){
         .base = c->base, .limit = c->limit, .selector = (u16)c->selector, .type = (f >> 8) & 15, .s = f >> 12 & 1,
         .dpl = f >> 13 & 3, .present = f >> 15 & 1, .avl = f >> 20 & 1, .l = f >> 21 & 1, .db = f >> 22 & 1,
-        .g = f >> 23 & 1, .unusable = !(f >> 15 & 1)};
+        .g = c->limit > 0xfffff, .unusable = !(f >> 15 & 1)};
 }
 
 static void set_segment(struct SegmentCache *c, const struct kvm_segment *s)
@@ -95,6 +96,10 @@ void ak_get_sregs(struct ak_vcpu *v, struct kvm_sregs *s)
     memset(s, 0, sizeof *s);
     for (int i = 0; i < 6; i++)
         get_segment(&env->segs[order[i]], segments[i]);
+    for (int i = 1; i < 5; i++) /* DS, ES, FS, GS: loaded is accessed */
+        segments[i]->type |= !segments[i]->unusable;
+    if (s->ss.unusable)
+        s->ss.db = 0;
     get_segment(&env->tr, &s->tr);
     s->tr.type |= s->tr.s ? 0 : 2; /* loaded is busy; the engine's cache says available */
     get_segment(&env->ldt, &s->ldt);
@@ -117,7 +122,7 @@ static int check_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
             return -EINVAL;
     } else if ((s->efer & EFER_LMA) || s->cs.l)
         return -EINVAL;
-    if (ak_check_cr0(s->cr0) || (s->cr4 & (v->ncpuid ? ak_cr4_reserved(v) : ~CR4_SUPPORTED)) || (s->efer & ~(u64)EFER_SUPPORTED))
+    if (ak_check_cr0(s->cr0) || (s->cr4 & (v->cpuid ? ak_cr4_reserved(v) : ~CR4_SUPPORTED)) || (s->efer & ~EFER_SUPPORTED))
         return -EINVAL;
     return (s->apic_base >> AK_MAXPHYADDR) || (s->apic_base & 0x6ff) ? -EINVAL : 0; /* no x2APIC */
 }
@@ -138,7 +143,7 @@ int ak_set_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
     set_segment(&env->ldt, &s->ldt);
     env->gdt = (struct SegmentCache){.base = s->gdt.base, .limit = s->gdt.limit};
     env->idt = (struct SegmentCache){.base = s->idt.base, .limit = s->idt.limit};
-    env->cr[0] = s->cr0 | 0x10, env->cr[2] = s->cr2, env->cr[3] = s->cr3, env->cr[4] = s->cr4;
+    env->cr[0] = s->cr0, env->cr[2] = s->cr2, env->cr[3] = s->cr3, env->cr[4] = s->cr4;
     env->efer = s->efer, v->msr.apic_base = s->apic_base;
     if (s->cr8 <= 15) /* kvm_set_cr8() refuses others, and nobody looks */
         v->cr8 = s->cr8;

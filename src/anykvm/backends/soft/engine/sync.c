@@ -62,7 +62,7 @@ void ak_post_kvm_run_save(struct ak_vcpu *v)
     run->cr8 = v->cr8;
     run->apic_base = v->msr.apic_base;
     run->ready_for_interrupt_injection =
-        ak_interrupt_allowed(v) && !v->event.irq_injected && !v->event.injected && !v->event.pending;
+        ak_interrupt_allowed(v) && !v->event.irq_injected && !v->event.nmi_injected && !v->event.injected && !v->event.pending;
 }
 
 bool ak_irq_window(struct ak_vcpu *v)
@@ -101,19 +101,18 @@ void ak_exit_io(struct ak_vcpu *v)
 void ak_exit_internal(struct ak_vcpu *v, u32 suberror)
 {
     struct kvm_run *run = v->run;
+    u8 bytes[15];
+    u32 size;
     memset(run->internal.data, 0, sizeof run->internal.data);
     run->internal.suberror = suberror;
     run->internal.ndata = suberror == KVM_INTERNAL_ERROR_DELIVERY_EV ? 5 : 6;
-    if (suberror == KVM_INTERNAL_ERROR_DELIVERY_EV) {
+    if (suberror == KVM_INTERNAL_ERROR_DELIVERY_EV)
         run->internal.data[3] = v->exit.gpa;
-        return;
-    }
-    u8 bytes[15], n = (u8)ak_instruction_bytes(v, bytes);
-    if (n) {
+    else if ((size = ak_instruction_bytes(v, bytes))) {
+        run->emulation_failure.insn_size = (u8)size;
+        memset(run->emulation_failure.insn_bytes, 0x90, sizeof run->emulation_failure.insn_bytes); /* the kernel's filling */
+        memcpy(run->emulation_failure.insn_bytes, bytes, size);
         run->emulation_failure.flags = KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES;
-        run->emulation_failure.insn_size = n;
-        memset(run->emulation_failure.insn_bytes, 0x90, sizeof run->emulation_failure.insn_bytes); /* NOP, as KVM has it */
-        memcpy(run->emulation_failure.insn_bytes, bytes, n);
         run->internal.ndata = 8;
     }
 }

@@ -156,6 +156,18 @@ static bool needs_align16(const struct decoded *d)
     return d->opsize && ((op >= 0x60 && op <= 0x6d) || (op >= 0x74 && op <= 0x76) || (op >= 0xd1 && op <= 0xfe));
 }
 
+/* Bytes behind the first of an instruction that the decoder is not shown, but by which it was told: they belong to the
+ * block, which is stale when they change. Of a VEX instruction those that are in its page. */
+static u32 hidden_bytes(struct CPUX86State *env, u64 pc, bool string_io)
+{
+    u32 n = 0, room = (u32)(AK_PAGE_SIZE - 1 - (pc & ~AK_PAGE_MASK));
+    if (!string_io)
+        return room < 3 ? room : 3;
+    while (n < 14 && ((u8)__real_cpu_ldub_code_x86_64(env, pc + n) & 0xfc) != 0x6c)
+        n++;
+    return n;
+}
+
 static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
 {
     struct ak_vcpu *v = ak_current;
@@ -166,6 +178,7 @@ static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
         v->insn_pc = db->pc_next;
         v->insn_bytes[0] = UNDEFINED_OPCODE;
         v->insn_len = 1;
+        v->insn_hidden = hidden_bytes(v->env, db->pc_next, d.string_io);
     }
     v->align_need = needs_align16(&d) ? MO_ALIGN_16 : 0;
     if (!v->align_need && (db->tb->flags & HF_AC_MASK) && (db->tb->flags & HF_CPL_MASK) == 3 && (v->env->cr[0] & CR0_AM))
@@ -190,6 +203,7 @@ void __wrap_gen_intermediate_code_x86_64(struct CPUState *cpu, struct Translatio
     struct TCGContext *tcg = v->uc->tcg_ctx;
     u32 parallel = tb->cflags & CF_ALONE ? 0 : CF_PARALLEL;
     v->translating = 1;
+    v->insn_hidden = 0;
     tb->cflags |= parallel;
     tcg->tb_cflags |= parallel;
     v->code_va = tb->pc;
@@ -198,6 +212,7 @@ void __wrap_gen_intermediate_code_x86_64(struct CPUState *cpu, struct Translatio
     tb->cflags &= ~parallel; /* look-ups compare with the flags asked for */
     tcg->tb_cflags &= ~parallel;
     v->translating = 0;
+    tb->size = (u16)(tb->size + v->insn_hidden); /* such an instruction is a block's last */
     ak_code_span(v, host_page(v->env, tb->pc) + (tb->pc & ~AK_PAGE_MASK), tb->size);
     u64 end = tb->pc + tb->size;
     if (tb->size && ((end - 1) ^ tb->pc) & AK_PAGE_MASK)
@@ -260,4 +275,19 @@ u32 ak_icebp_length(struct ak_vcpu *v)
                 return 0;
         }
     return 0;
+}
+
+bool ak_is_iret(struct ak_vcpu *v)
+{
+    u8 code[15];
+    u32 size = ak_peek_instruction(v, code), n = 0;
+    while (n < size && (code[n] == 0x66 || ((v->env->hflags & HF_CS64_MASK) && (code[n] & 0xf0) == 0x40)))
+        n++;
+    return n < size && code[n] == 0xcf;
+}
+
+bool ak_is_sysenter(struct ak_vcpu *v)
+{
+    u8 code[15];
+    return ak_peek_instruction(v, code) >= 2 && code[0] == 0x0f && code[1] == 0x34;
 }

@@ -5,14 +5,16 @@
 #include <string.h>
 
 #define VALID_FLAGS (KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW | \
-                     KVM_VCPUEVENT_VALID_SMM)
+                     KVM_VCPUEVENT_VALID_SMM | KVM_VCPUEVENT_VALID_TRIPLE_FAULT)
 
 void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
 {
     memset(e, 0, sizeof *e);
     /* KVM conflates the two while KVM_CAP_EXCEPTION_PAYLOAD is off */
-    e->exception.injected = v->event.injected | v->event.pending;
-    e->exception.pending = v->event.pending;
+    if (v->event.vector != 3 && v->event.vector != 4) { /* kvm_exception_is_soft(): the instruction brings it back */
+        e->exception.injected = v->event.injected | v->event.pending;
+        e->exception.pending = v->event.pending;
+    }
     if (e->exception.injected) {
         e->exception.nr = v->event.vector;
         e->exception.has_error_code = v->event.has_error;
@@ -20,11 +22,18 @@ void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
     }
     e->interrupt.injected = v->event.irq_injected;
     e->interrupt.nr = v->event.irq_vector;
-    e->interrupt.shadow = v->env->hflags & HF_INHIBIT_IRQ_MASK ? KVM_X86_SHADOW_INT_STI : 0;
+    e->interrupt.shadow = v->env->hflags & HF_INHIBIT_IRQ_MASK ? KVM_X86_SHADOW_INT_STI | KVM_X86_SHADOW_INT_MOV_SS : 0; /* SVM does not tell them apart */
     e->nmi.injected = v->event.nmi_injected;
     e->nmi.pending = v->event.nmi_pending;
     e->nmi.masked = !!(v->env->hflags2 & HF2_NMI_MASK);
-    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM;
+    e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM; /* smi: none */
+}
+
+/* process_nmi(): one more waits at most while NMIs are blocked, else two. */
+void ak_queue_nmis(struct ak_vcpu *v, u32 count)
+{
+    u32 limit = v->env->hflags2 & HF2_NMI_MASK ? 1 : 2, pending = v->event.nmi_pending + count;
+    v->event.nmi_pending = (u8)(pending < limit ? pending : limit);
 }
 
 /* 0 or -EINVAL: unknown flags, an exception number above 31 or NMI, system management mode. */
@@ -47,7 +56,10 @@ int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *e)
         v->env->hflags = (v->env->hflags & ~HF_INHIBIT_IRQ_MASK) | (e->interrupt.shadow ? HF_INHIBIT_IRQ_MASK : 0);
     v->event.nmi_injected = e->nmi.injected;
     if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
-        v->event.nmi_pending = e->nmi.pending;
+        v->event.nmi_pending = 0;
     v->env->hflags2 = (v->env->hflags2 & ~HF2_NMI_MASK) | (e->nmi.masked ? HF2_NMI_MASK : 0); /* IRET clears it */
-    return 0;
+    if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
+        ak_queue_nmis(v, e->nmi.pending);
+    /* KVM_CAP_X86_TRIPLE_FAULT_EVENT is off: found last, when all else is set */
+    return e->flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT ? -EINVAL : 0;
 }
