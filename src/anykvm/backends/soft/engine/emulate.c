@@ -195,6 +195,8 @@ static void __attribute__((noreturn)) read_exit(struct ak_vcpu *v, u64 gpa, u32 
 /* complete_emulated_mmio(): the answer to the last read exit. Dropped if the caller moved RIP. */
 void ak_answer_read(struct ak_vcpu *v)
 {
+    if (ak_answer_string_out(v))
+        return;
     if (v->emulation == AK_ARMED && v->env->eip != v->emulate_rip) {
         stop_emulating(v);
         return;
