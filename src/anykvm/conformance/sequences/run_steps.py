@@ -134,6 +134,7 @@ def _finish_read(w: World) -> None:
     """Finish a device read: 7.3 loses what it read if registers are set before (invalid register cache)."""
     run = w.m.run_page
     if run.exit_reason == c.KVM_EXIT_MMIO and not run.mmio.is_write:
+        _answer(w, 0)
         w.m.drain()
 
 
