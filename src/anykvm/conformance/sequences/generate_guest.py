@@ -53,6 +53,8 @@ def guest(choose: Choose, groups: dict[str, float], *, flush: bool) -> list[Step
         args["rdi"] &= ~7  # an address in parts of two answers would not be canonical, and fail otherwise than natively
         if args["rdi"] & 0xFFF == 0xFF8:  # where in its page the stack's top is: KVM takes it for the device's
             args["rdi"] -= 8
+    if group == "stack" and HIGH <= args["rdi"] < HIGH + PAGE:
+        args["rdi"] = TEST  # the #PF there would be delivered on the stack below, which is a device
     if "scas" in assembly:
         args["rdi"] = FREE + 0x100
     if group == "vector" and args["rdi"] & 0xFFF > 0xFF0:

@@ -91,13 +91,18 @@ def _run(
 def _keep(w: World, valid: int) -> Callable[..., None]:
     def keep(step: str, **seen: Any) -> None:
         vcpu, run = w.m.vcpu, w.m.run_page
-        if _reports_page_fault(w):
-            seen["cr2"] = hex(vcpu.get_sregs().cr2)
+        if _reports_page_fault(w) and _is_fault_address(cr2 := vcpu.get_sregs().cr2):
+            seen["cr2"] = hex(cr2)
         if valid & c.KVM_SYNC_X86_REGS:
             seen["synced"] = [hex(run.s.regs.regs.rip), hex(run.s.regs.regs.rax)]
         w.lab.record(f"{w.at}.{step}", **seen)
 
     return keep
+
+
+def _is_fault_address(cr2: int) -> bool:
+    """Not where user space injected the exception: CR2 is then of an earlier one, or of nothing."""
+    return 0 < cr2 < 1 << 47
 
 
 def _reports_page_fault(w: World) -> bool:
@@ -129,6 +134,7 @@ def _finish_read(w: World) -> None:
     """Finish a device read: 7.3 loses what it read if registers are set before (invalid register cache)."""
     run = w.m.run_page
     if run.exit_reason == c.KVM_EXIT_MMIO and not run.mmio.is_write:
+        _answer(w, 0)
         w.m.drain()
 
 

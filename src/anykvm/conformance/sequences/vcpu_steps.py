@@ -35,8 +35,8 @@ def _state(w: World, kind: str, changes: list[list[Any]], restore: bool = True) 
     outcome = attempt(lambda: w.m.vcpu.ioctl(set_, wanted))
     w.m.vcpu.ioctl(get, after)
     w.note(r=outcome.ret, e=outcome.errno, now=changed(fields(before), fields(after)))
-    if restore:
-        w.m.vcpu.ioctl(set_, before)
+    if restore:  # what cannot be set back, as after another CPUID, stays
+        attempt(lambda: w.m.vcpu.ioctl(set_, before))
 
 
 def _show(w: World, kind: str) -> None:

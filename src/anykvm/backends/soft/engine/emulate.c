@@ -141,6 +141,13 @@ bool ak_emulate_boundary(struct ak_vcpu *v)
         v->cpu->cflags_next_tb = ak_alone_cflags(v);
         return true;
     }
+    if (v->stopping && !v->nfragments && v->env->eip == v->emulate_rip && (v->env->regs[R_ECX] & 0x3ff)) {
+        /* x86_emulate_instruction(), EMULATION_RESTART: a completion goes on with the next items of a REP */
+        v->emulate_reached = 1;
+        v->nlog = v->nreplay = 0;
+        v->cpu->cflags_next_tb = ak_alone_cflags(v);
+        return true;
+    }
     stop_emulating(v);
     if (v->nfragments) {
         v->fragment = 0;
@@ -188,6 +195,8 @@ static void __attribute__((noreturn)) read_exit(struct ak_vcpu *v, u64 gpa, u32 
 /* complete_emulated_mmio(): the answer to the last read exit. Dropped if the caller moved RIP. */
 void ak_answer_read(struct ak_vcpu *v)
 {
+    if (ak_answer_string_out(v))
+        return;
     if (v->emulation == AK_ARMED && v->env->eip != v->emulate_rip) {
         stop_emulating(v);
         return;

@@ -170,12 +170,14 @@ void ak_vcpu_reset(struct ak_vcpu *v)
 }
 
 /* After a triple fault SVM's state is undefined, so KVM gives the vCPU an INIT (shutdown_interception()). It keeps the
- * cache bits of CR0, the FPU and the MSRs, and whether NMIs are blocked. */
+ * cache bits of CR0, CR8, the FPU and the MSRs, and whether NMIs are blocked. */
 static void init_after_shutdown(struct ak_vcpu *v)
 {
     u64 cache = v->env->cr[0] & (CR0_CD | CR0_NW);
+    u64 cr8 = v->cr8;
     u32 blocked = v->env->hflags2 & HF2_NMI_MASK;
     reset_or_init(v);
+    v->cr8 = cr8;
     v->env->cr[0] = cache | 0x10;
     v->env->hflags2 |= blocked;
 }

@@ -257,6 +257,7 @@ struct ak_vcpu {
     u64 insn_pc;              /* translate.c: bytes shown to the decoder instead of memory */
     u32 insn_len;
     u8 insn_bytes[16];
+    u32 string_out;           /* OUTS waits for a device's answer, at pio_rip */
     u32 insn_hidden;          /* bytes of it that the decoder was not shown */
     void *tlb_flush_pending;
     u32 gmem_closings;        /* those of the VM that its TLB knows of */
@@ -398,6 +399,7 @@ void ak_emulate_alone(struct ak_vcpu *v);
 u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15]);
 u32 ak_peek_instruction(struct ak_vcpu *v, u8 bytes[15]);
 int ak_data_mmu_index(const struct ak_vcpu *v);
+bool ak_answer_string_out(struct ak_vcpu *v);
 bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx);
 u32 ak_alone_cflags(const struct ak_vcpu *v);
 bool ak_emulate_boundary(struct ak_vcpu *v);

@@ -191,7 +191,6 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     bool taken = false;
     (void)request;
     if (v->string_in) {
-        v->string_in = 0;
         ak_finish_string_in(v);
     } else if (v->emulation != AK_NATIVE) {
         v->kick |= cpu->exit_request; /* a kick waits for the instruction */

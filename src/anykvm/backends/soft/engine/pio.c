@@ -8,6 +8,7 @@
 #define PIO_PAGE 4096 /* KVM_PIO_PAGE_OFFSET in bytes */
 #define INS_BUFFER 1024
 #define QUIRK_PORT 0x7e
+#define STRING_OUT 2 /* string_in: it is OUTS that is to be finished */
 
 #define MMU_KNOSMAP_IDX 2
 
@@ -257,6 +258,8 @@ static u32 guest_copy(struct ak_vcpu *v, u64 va, u8 *data, u32 size, bool write)
                 v->exit.gpa = gpa;
                 v->exit.size = part;
                 v->exit.is_write = 0;
+                v->pio_rip = linear_rip(v);
+                v->string_out = 1;
                 v->completion = AK_COMPLETE_MMIO_READ;
                 ak_leave(v, AK_EXIT_MMIO, 0);
             }
@@ -274,6 +277,21 @@ static u32 ins_items(struct ak_vcpu *v, const struct string_io *s)
     u64 n = count < INS_BUFFER / s->size ? count : INS_BUFFER / s->size;
     n = in_page < n ? in_page : n;
     return n ? (u32)n : 1;
+}
+
+/* The device's answer for OUTS is there: the completion goes on to the port. Dropped if the caller moved RIP. */
+bool ak_answer_string_out(struct ak_vcpu *v)
+{
+    if (!v->string_out)
+        return false;
+    v->string_out = 0;
+    if (linear_rip(v) != v->pio_rip) {
+        v->nlog = v->nreplay = 0;
+        return true;
+    }
+    memcpy(&v->log[v->nlog++].data, v->run->mmio.data, 8);
+    v->string_in = STRING_OUT;
+    return true;
 }
 
 /* INS or OUTS at RIP (the decoder was shown UD2 in its place). Privilege first, then the exit. */
@@ -311,6 +329,13 @@ void ak_string_io(struct ak_vcpu *v)
 void ak_finish_string_in(struct ak_vcpu *v)
 {
     struct string_io s;
+    if (v->string_in == STRING_OUT) {
+        v->string_in = 0;
+        if (decode_string(v, &s) && !s.in)
+            ak_string_io(v);
+        return;
+    }
+    v->string_in = 0;
     if (linear_rip(v) != v->pio_rip || !decode_string(v, &s) || !s.in)
         return;
     u32 items = v->pio_count;

@@ -32,7 +32,7 @@ void ak_set_regs(struct ak_vcpu *v, const struct kvm_regs *r)
     g[8] = r->r8, g[9] = r->r9, g[10] = r->r10, g[11] = r->r11;
     g[12] = r->r12, g[13] = r->r13, g[14] = r->r14, g[15] = r->r15;
     v->env->eip = r->rip;
-    v->env->eflags = (r->rflags & 0x3f7fd7ull) | 2;
+    v->env->eflags = r->rflags | 2; /* as given, as KVM keeps it */
     v->event.pending = 0;
     ak_update_hflags(v);
 }
@@ -113,8 +113,8 @@ void ak_get_sregs(struct ak_vcpu *v, struct kvm_sregs *s)
 
 #define CR4_SUPPORTED (0x7ffull | CR4_FSGSBASE | CR4_OSXSAVE | CR4_SMEP | CR4_SMAP)
 
-/* kvm_is_valid_sregs(), kvm_set_apic_base(): -EINVAL, and nothing is changed. Before KVM_SET_CPUID2 every CR4 bit there
- * is may be set; EFER is never compared with CPUID here. */
+/* kvm_is_valid_sregs(), kvm_set_apic_base(): -EINVAL, and nothing is changed. Before KVM_SET_CPUID2 every bit there is
+ * may be set; what it says counts from then on. */
 static int check_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
 {
     if ((s->efer & EFER_LME) && (s->cr0 & CR0_PG)) {
@@ -123,6 +123,8 @@ static int check_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
     } else if ((s->efer & EFER_LMA) || s->cs.l)
         return -EINVAL;
     if (ak_check_cr0(s->cr0) || (s->cr4 & (v->cpuid ? ak_cr4_reserved(v) : ~CR4_SUPPORTED)) || (s->efer & ~EFER_SUPPORTED))
+        return -EINVAL;
+    if (v->cpuid && (s->efer & (EFER_LME | EFER_LMA | EFER_NXE) & ak_efer_reserved(v)))
         return -EINVAL;
     return (s->apic_base >> AK_MAXPHYADDR) || (s->apic_base & 0x6ff) ? -EINVAL : 0; /* no x2APIC */
 }
