@@ -164,6 +164,22 @@ bool ak_answered(const struct ak_vcpu *v, u64 gpa)
     return v->emulation == AK_RUNNING && v->nreplay < v->nlog && v->log[v->nreplay].gpa >> 12 == gpa >> 12;
 }
 
+/* A locked instruction is about to write memory where a device answered its read: a slot has come meanwhile, and what it
+ * would write was made from the device's value. KVM compares and, as memory has something else, runs the instruction again
+ * (emulator_cmpxchg_emulated()). One without lock writes: also KVM's. */
+void ak_write_check(struct ak_vcpu *v, u64 gpa, uintptr_t retaddr)
+{
+    if (!v->emulate_alone)
+        return;
+    for (u32 i = 0; i < v->nreplay; i++)
+        if (v->log[i].gpa >> 12 == gpa >> 12) {
+            stop_emulating(v);
+            v->nfragments = 0;
+            v->exclusive = 1; /* as it was found to need that before */
+            ak_leave(v, AK_EXIT_KICKED, retaddr);
+        }
+}
+
 /* A page that is no RAM, met while emulating. False: the host refuses it, and it comes before the device access because
  * of which KVM would have begun to emulate at all; so it is a fault of native execution. */
 bool ak_emulate_reaches(struct ak_vcpu *v, u64 gpa, bool device)

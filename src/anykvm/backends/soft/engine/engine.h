@@ -308,6 +308,8 @@ bool ak_irq_window(struct ak_vcpu *v);
 int ak_host_init(void);
 void ak_host_disposition(int signo, struct sigaction *action);
 int ak_host_touch(u64 hva, bool write, u64 *poison);
+int ak_host_merge(u64 hva, u64 mask, u64 value, u64 *before);
+void ak_host_unmerge(u64 hva, u64 mask, u64 value, u64 before);
 bool ak_host_equal(u64 hva, const void *bytes, u64 size);
 int ak_copy_in(void *to, u64 from, u64 size);   /* copy_from_user(): 0 or -EFAULT */
 int ak_copy_out(u64 to, const void *from, u64 size);
@@ -347,6 +349,7 @@ struct ak_translation {
     u32 flags;         /* of memory_fault */
 };
 int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
+void ak_restart(struct ak_vcpu *v, bool kick, uintptr_t retaddr) __attribute__((noreturn));
 
 /* attributes.c */
 bool ak_gfn_is_private(const struct ak_vm *vm, u64 gfn);
@@ -386,6 +389,7 @@ bool ak_emulate_boundary(struct ak_vcpu *v);
 bool ak_next_fragment(struct ak_vcpu *v);
 void ak_answer_read(struct ak_vcpu *v);
 bool ak_answered(const struct ak_vcpu *v, u64 gpa);
+void ak_write_check(struct ak_vcpu *v, u64 gpa, uintptr_t retaddr);
 bool ak_emulate_reaches(struct ak_vcpu *v, u64 gpa, bool device);
 void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
 

@@ -213,3 +213,41 @@ int ak_host_cmpxchg(u64 hva, u32 size, u64 old, u64 new)
     guard.armed = 0;
     return same ? 0 : 1;
 }
+
+/* Replace the bytes of mask in the 8 aligned bytes at hva, in one step, and keep what was there. enum ak_host_fault */
+int ak_host_merge(u64 hva, u64 mask, u64 value, u64 *before)
+{
+    volatile u64 *at = (volatile u64 *)hva;
+    if (sigsetjmp(guard.env, 0)) {
+        guard.armed = 0;
+        return guard.outcome;
+    }
+    guard.armed = 1;
+    __asm__ volatile("" ::: "memory");
+    u64 old = *at;
+    while (!__atomic_compare_exchange_n(at, &old, (old & ~mask) | (value & mask), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        ;
+    if (before)
+        *before = old;
+    __asm__ volatile("" ::: "memory");
+    guard.armed = 0;
+    return AK_HOST_OK;
+}
+
+/* Undo it. What others have written since, or a page that is gone, stays as it is. */
+void ak_host_unmerge(u64 hva, u64 mask, u64 value, u64 before)
+{
+    volatile u64 *at = (volatile u64 *)hva;
+    if (sigsetjmp(guard.env, 0)) {
+        guard.armed = 0;
+        return;
+    }
+    guard.armed = 1;
+    __asm__ volatile("" ::: "memory");
+    u64 old = *at;
+    while (!((old ^ value) & mask) &&
+           !__atomic_compare_exchange_n(at, &old, (old & ~mask) | (before & mask), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        ;
+    __asm__ volatile("" ::: "memory");
+    guard.armed = 0;
+}

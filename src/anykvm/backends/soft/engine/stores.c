@@ -1,6 +1,12 @@
-/* Stores to memory that the engine watches (pages with translated code). It writes unaligned ones byte by byte; another
- * vCPU, or its translator, would see halves of them, which no x86 CPU shows for a store within eight aligned bytes (AMD APM
- * vol. 2, 7.3.2). Here a store within a page is one store of the host's. */
+/* Stores that the engine would do in pieces.
+ *
+ * To memory that it watches (pages with translated code) it writes unaligned ones byte by byte; another vCPU, or its
+ * translator, would see halves of them, which no x86 CPU shows for a store within eight aligned bytes (AMD APM vol. 2,
+ * 7.3.2). Here a store within a page is one store of the host's.
+ *
+ * One over two pages it writes byte by byte as well, and the host may refuse the second page when the first is written
+ * already. The instruction is run again then: it would have stored although it faulted, and one that reads first would
+ * be done twice. Here both pages are written, or neither is. */
 #include "engine_internal.h"
 
 #define MO_AMASK (7 << 4)
@@ -16,6 +22,31 @@ static void *whole(struct CPUX86State *env, u64 addr, u32 size, u32 oi, uintptr_
     return probe_access_x86_64(env, addr, (int)size, MMU_DATA_STORE, oi & 15, retaddr);
 }
 
+/* A store over two pages: of each, the 8 bytes next to the boundary are replaced in one step. If the host refuses the
+ * second, the first gets its bytes back, unless another vCPU has written them since. False: not to memory alone. */
+static bool across(struct CPUX86State *env, u64 addr, u64 value, u32 size, u32 oi, uintptr_t retaddr)
+{
+    struct ak_vcpu *v = ak_current;
+    u32 first = (u32)(AK_PAGE_SIZE - (addr & ~AK_PAGE_MASK));
+    if (first >= size || ((oi >> 4) & MO_AMASK))
+        return false;
+    u8 *low = probe_access_x86_64(env, addr, (int)first, MMU_DATA_STORE, oi & 15, retaddr);
+    u8 *high = low ? probe_access_x86_64(env, addr + first, (int)(size - first), MMU_DATA_STORE, oi & 15, retaddr) : NULL;
+    if (!high)
+        return false;
+    u32 shift = 8 * (8 - first), rest = 8 * (size - first);
+    u64 low_mask = ~0ull << shift, high_mask = (1ull << rest) - 1, before = 0;
+    u64 tail = (u64)low + first - 8;
+    v->interruptible = v->emulation == AK_NATIVE;
+    int why = ak_host_merge(tail, low_mask, value << shift, &before);
+    if (!why && (why = ak_host_merge((u64)high, high_mask, value >> (8 * first), NULL)))
+        ak_host_unmerge(tail, low_mask, value << shift, before);
+    v->interruptible = 0;
+    if (why)
+        ak_restart(v, why == AK_HOST_INTERRUPTED, retaddr);
+    return true;
+}
+
 #define STORE(name, type, size)                                                                                        \
     struct name##_type { type value; } __attribute__((packed));                                                        \
     extern void __real_##name(struct CPUX86State *, u64, type, u32, uintptr_t);                                        \
@@ -24,7 +55,7 @@ static void *whole(struct CPUX86State *env, u64 addr, u32 size, u32 oi, uintptr_
         struct name##_type *at = addr & (size - 1) ? whole(env, addr, size, oi, retaddr) : NULL;                       \
         if (at)                                                                                                        \
             ((volatile struct name##_type *)at)->value = value;                                                        \
-        else                                                                                                           \
+        else if (!across(env, addr, value, size, oi, retaddr))                                                         \
             __real_##name(env, addr, value, oi, retaddr);                                                              \
     }
 STORE(helper_le_stw_mmu_x86_64, u16, 2)
