@@ -112,6 +112,8 @@ struct ak_slot {
     u32 gmem_only;            /* the file can be mapped: shared accesses use it too */
 };
 
+#define AK_FAULT_SIGNALS 5 /* SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP: open in KVM_RUN */
+
 struct ak_vcpu;
 struct ak_gmem;
 
@@ -199,6 +201,7 @@ struct ak_vcpu {
     u64 sigmask;              /* KVM_SET_SIGNAL_MASK */
     u64 outer_mask, active_mask;
     u64 sigbus_hva;           /* SIGBUS to send when the mask is restored */
+    siginfo_t held_info[AK_FAULT_SIGNALS]; /* signals of faults that wait for that too (signals.c) */
     volatile u32 in_guest;
     volatile u64 entries, tick_entries;
     struct uc_struct *uc;
@@ -281,6 +284,9 @@ void ak_signals_enter(struct ak_vcpu *v);
 bool ak_signal_pending(struct ak_vcpu *v);
 bool ak_send_hwpoison_signal(struct ak_vcpu *v);
 void ak_signals_leave(struct ak_vcpu *v);
+bool ak_hold_signal(const siginfo_t *info);
+u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS]);
+void ak_faults_close(u64 mask);
 void ak_ticker_arm(struct ak_vcpu *v);
 void ak_pokes_settle(struct ak_vcpu *v);
 int ak_watch(struct ak_vcpu *v);
@@ -308,8 +314,8 @@ bool ak_irq_window(struct ak_vcpu *v);
 int ak_host_init(void);
 void ak_host_disposition(int signo, struct sigaction *action);
 int ak_host_touch(u64 hva, bool write, u64 *poison);
-int ak_host_merge(u64 hva, u64 mask, u64 value, u64 *before);
-void ak_host_unmerge(u64 hva, u64 mask, u64 value, u64 before);
+int ak_host_merge(u64 hva, u64 bytes, u64 value, u64 *before);
+void ak_host_unmerge(u64 hva, u64 bytes, u64 value, u64 before);
 bool ak_host_equal(u64 hva, const void *bytes, u64 size);
 int ak_copy_in(void *to, u64 from, u64 size);   /* copy_from_user(): 0 or -EFAULT */
 int ak_copy_out(u64 to, const void *from, u64 size);

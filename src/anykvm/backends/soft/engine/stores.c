@@ -17,7 +17,7 @@ extern void *probe_access_x86_64(struct CPUX86State *, u64 addr, int size, int a
 /* Where to store at once, the watcher told; NULL: not memory, over two pages, or for the alignment check. */
 static void *whole(struct CPUX86State *env, u64 addr, u32 size, u32 oi, uintptr_t retaddr)
 {
-    if ((addr & ~AK_PAGE_MASK) + size > AK_PAGE_SIZE || ((oi >> 4) & MO_AMASK) || ak_current->emulation == AK_RUNNING)
+    if ((addr & ~AK_PAGE_MASK) + size > AK_PAGE_SIZE || ((oi >> 4) & MO_AMASK))
         return NULL;
     return probe_access_x86_64(env, addr, (int)size, MMU_DATA_STORE, oi & 15, retaddr);
 }
@@ -35,11 +35,11 @@ static bool across(struct CPUX86State *env, u64 addr, u64 value, u32 size, u32 o
     if (!high)
         return false;
     u32 shift = 8 * (8 - first), rest = 8 * (size - first);
-    u64 low_mask = ~0ull << shift, high_mask = (1ull << rest) - 1, before = 0;
+    u64 low_mask = ~0ull << shift, high_mask = (1ull << rest) - 1, before, ignored;
     u64 tail = (u64)low + first - 8;
     v->interruptible = v->emulation == AK_NATIVE;
     int why = ak_host_merge(tail, low_mask, value << shift, &before);
-    if (!why && (why = ak_host_merge((u64)high, high_mask, value >> (8 * first), NULL)))
+    if (!why && (why = ak_host_merge((u64)high, high_mask, value >> (8 * first), &ignored)))
         ak_host_unmerge(tail, low_mask, value << shift, before);
     v->interruptible = 0;
     if (why)
