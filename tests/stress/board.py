@@ -50,6 +50,8 @@ FOLLOW: Final = 36
 """All ones: what is found at the address is as ``state`` says, this area's memory or its twin's."""
 TWIN: Final = 40
 """Pages from this area to its twin."""
+WANTS: Final = 44
+"""PRIVATE, or 0: what ``state`` must say, or an access is a memory fault (if the area does not follow it)."""
 OPERATIONS: Final = 64
 """16 addresses of guest code."""
 

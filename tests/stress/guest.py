@@ -82,10 +82,17 @@ again:
     mov %ecx, {b.NOTE_ADDRESS}(%r15)
     mov {b.SLOT:#x}(, %rcx, 4), %ecx
     mov %ecx, {b.NOTE_SLOT}(%r15)
+    test ${b.CHANGING}, %ecx
+    jnz rarely                      # no slot, probably: an exit
+has_slot:
     mov %ebp, {b.NOTE_PAGE}(%r15)
     mov {b.STATE:#x}(, %rbp, 4), %rcx       # of two pages
     mov %rcx, {b.NOTE_STATE}(%r15)
     mov %ecx, %r8d
+    xor {b.WANTS}(%rbx), %ecx
+    and ${b.PRIVATE}, %ecx
+    jnz rarely_private              # an exit, and a conversion
+is_right:
     and {b.FOLLOW}(%rbx), %r8d
     test ${b.CHANGING}, %r8d
     jnz again
@@ -103,6 +110,16 @@ again:
 done:
     hlt
     jmp again
+rarely:
+    test $0x38000, %eax
+    jnz again
+    jmp has_slot
+rarely_private:
+    testl ${b.PRIVATE}, {b.FOLLOW}(%rbx)
+    jnz is_right
+    test $0x1c0000, %eax
+    jnz again
+    jmp is_right
 who: .byte 1, 2, 3, 1
 owners: .byte {", ".join(str(b.owner(page)) for page in range(b.PAGES))}
 """

@@ -139,6 +139,7 @@ class World:
             self.board.put(at + b.FIRST_PAGE, area.first)
             self.board.put(at + b.FOLLOW, b.U32 if area.follow else 0)
             self.board.put(at + b.TWIN, area.twin)
+            self.board.put(at + b.WANTS, b.PRIVATE if isinstance(area, Private) else 0)
             for n, name in enumerate(spread(area.operations, 16)):
                 self.board.put_quad(at + b.OPERATIONS + 8 * n, operations[name])
         self.board.put_bytes(b.PICK, bytes(spread({area.index: area.weight for area in self.areas}, 32)))
