@@ -80,6 +80,11 @@ class Area:
 
     host: Host
 
+    @property
+    def accessed(self) -> int:
+        """Index of the area by which guests get at this memory."""
+        return self.index
+
     # -- tools ---------------------------------------------------------------------------------------------------------
 
     @property

@@ -17,9 +17,11 @@ loads and stores, in guests and in the VMM, is all the locking there is.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, TypeVar
 
 from anykvm import GuestMemory
+
+_T = TypeVar("_T")
 
 PAGE: Final = 4096
 PAGES: Final = 16
@@ -34,6 +36,8 @@ SIZE: Final = 0x100000
 STOP: Final = BOARD
 PICK: Final = BOARD + 0x100
 """32 bytes: the areas that guests choose from, as often as they shall."""
+CALLED: Final = BOARD + 0x140
+"""Which pages of an area of functions are called: a bit for each."""
 DESCRIPTORS: Final = BOARD + 0x1000
 LOSS: Final = BOARD + 0x3000
 REACH: Final = BOARD + 0x4000
@@ -115,6 +119,15 @@ def words(page: int) -> dict[int, list[int]]:
         found[TAIL] = [PAGE - 4 * n for n in range(strip(page), 0, -1)]
     if page:
         found[HEAD] = [4 * n for n in range(strip(page - 1))]
+    return found
+
+
+def spread(weights: dict[_T, int], places: int) -> list[_T]:
+    """Fill places in proportion to weights, none of which is lost."""
+    total = sum(weights.values())
+    ordered = [item for item, weight in weights.items() for _ in range(weight)]
+    found = [ordered[n * total // places] for n in range(places)]
+    assert set(found) == {item for item, weight in weights.items() if weight}
     return found
 
 

@@ -202,7 +202,7 @@ _OPERATIONS = {
     # locked, and no host can do it in one: the whole VM waits
     "exchange_unaligned": f"""own {b.UNALIGNED}
         xchg %ecx, {b.AT_UNALIGNED}(%rdi, %rax); mov %ecx, %eax; call judge; call publish""",
-    "compare_exchange": ("jmp again;" if __import__("os").environ.get("NOCX") else "") + f"""own {b.ALIGNED}
+    "compare_exchange": f"""own {b.ALIGNED}
         lea {b.AT_ALIGNED}(%rdi, %rax), %rdi
         lea -1(%rcx), %eax
         lock cmpxchg %ecx, (%rdi)
@@ -211,7 +211,9 @@ _OPERATIONS = {
         jmp again
     1:  call publish""",
     # code that the VMM changes, after a serializing instruction
-    "fetch": f"""channel %ebp, {b.VMM}
+    "fetch": f"""mov %ebp, %ecx; and $15, %ecx
+        bt %ecx, {b.CALLED:#x}; jnc again
+        channel %ebp, {b.VMM}
         push %rbx; push %rdx
         xor %eax, %eax; cpuid
         pop %rdx; pop %rbx

@@ -102,6 +102,11 @@ class Private(Area):
         world.machine.quads(entry, self.gpas[0] | _HUGE | 1 << GPA_BIT)
         assert STRIDE >= SIZE
 
+    @property
+    def accessed(self) -> int:
+        """Index of the area by which guests get at this memory."""
+        return self.index if self.world.guest_chooses else self.shared.index
+
     def changes(self) -> list[tuple[int, Change]]:
         """Of the file."""
         return [(3, self.punch), (1, self.fail)]

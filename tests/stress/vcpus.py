@@ -103,8 +103,7 @@ class Runner:
         right = (abi.KVM_MEMORY_EXIT_FLAG_PRIVATE, abi.EHWPOISON) if private else (0, errno.EFAULT)
         if not unreachable or (not area.follow and (exit.flags, exit.errno) != right):
             raise AssertionError(f"vCPU {self.writer}: {exit}, and page {number} of {area.name} was there, {self.where()}")
-        import os
-        if not os.environ.get('NOPF') and self.random.random() < 0.2:
+        if self.random.random() < 0.2:
             self.pre_fault(exit.gpa)
 
     def mismatch(self, area: Area, number: int, exit: MemoryFault, state: int, now: int) -> bool:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, TypeVar
+from typing import Final
 
 import anykvm
 from anykvm import DirtyRing, Kvm, Vm, abi
@@ -25,7 +25,7 @@ from stress.host_areas import Anonymous, Code, File, Userfault
 from stress.logged import Logged
 from stress.private import GPA_BIT, Private, Shared
 from stress.slots import Moving
-from stress.updater import Updater
+from stress.updater import PHASE, Choice, Phases, Updater
 from stress.vcpus import Runner
 from test_smp import second
 
@@ -34,7 +34,6 @@ KICK: Final = signal.SIGUSR1
 _SWITCH: Final = 0.0005
 _PATIENCE: Final = 30.0
 """Seconds that a vCPU may take to halt; it takes milliseconds."""
-_T = TypeVar("_T")
 
 
 class StressMachine(Machine):
@@ -97,7 +96,9 @@ class World:
         for runner in self.runners:
             self._stand(runner)
         kinds = (Anonymous, Code, File, Userfault)
-        groups = [[area for area in self.areas if isinstance(area, kinds) is mine] for mine in (True, False)]
+        choices = [Choice(area, change, often) for area in self.areas for often, change in area.changes()]
+        groups = [[choice for choice in choices if isinstance(choice.area, kinds) is mine] for mine in (True, False)]
+        self.phases = Phases(self, choices, seed * 16 + 15)
         self.updaters = [Updater(self, group, seed * 16 + 8 + n) for n, group in enumerate(groups)]
 
     def __enter__(self) -> World:
@@ -140,9 +141,10 @@ class World:
             self.board.put(at + b.FOLLOW, b.U32 if area.follow else 0)
             self.board.put(at + b.TWIN, area.twin)
             self.board.put(at + b.WANTS, b.PRIVATE if isinstance(area, Private) else 0)
-            for n, name in enumerate(spread(area.operations, 16)):
+            for n, name in enumerate(b.spread(area.operations, 16)):
                 self.board.put_quad(at + b.OPERATIONS + 8 * n, operations[name])
-        self.board.put_bytes(b.PICK, bytes(spread({area.index: area.weight for area in self.areas}, 32)))
+        # more pages than the engine compares when it enters the guest (coherence.c), or fewer
+        self.board.put(b.CALLED, 0xFFFF if self.seed % 2 else 0x1111)
 
     def _stand(self, runner: Runner) -> None:
         regs = runner.vcpu.get_regs()
@@ -189,6 +191,7 @@ class World:
             for thread in threads:
                 thread.start()
             self._watch(progress, started)
+            self.phases.next()  # also who sleeps finds that it is over
             for updater in self.updaters:
                 updater.thread.join()
             self.board.put(b.STOP, 1)
@@ -202,12 +205,15 @@ class World:
 
     def _watch(self, progress: Callable[[Report], None], started: float) -> None:
         """Kick a vCPU now and then: KVM_RUN ends with EINTR, in the middle of whatever it does."""
-        told = started
+        told = phase = started
         while not self.over():
             for runner in self.runners:
                 time.sleep(0.001)
                 if runner.thread.is_alive() and runner.thread.ident is not None:
                     signal.pthread_kill(runner.thread.ident, KICK)
+            if time.monotonic() - phase > PHASE:
+                phase = time.monotonic()
+                self.phases.next()
             if time.monotonic() - told > 1:
                 told = time.monotonic()
                 progress(self.report(told - started))
@@ -229,15 +235,6 @@ class World:
             report.checked += self.board.quad(runner.note + b.NOTE_CHECKED)
             report.written += self.board.quad(runner.note + b.NOTE_WRITTEN)
         return report
-
-
-def spread(weights: dict[_T, int], places: int) -> list[_T]:
-    """Fill places in proportion to weights, none of which is lost."""
-    total = sum(weights.values())
-    ordered = [item for item, weight in weights.items() for _ in range(weight)]
-    found = [ordered[n * total // places] for n in range(places)]
-    assert set(found) == {item for item, weight in weights.items() if weight}
-    return found
 
 
 @contextlib.contextmanager
