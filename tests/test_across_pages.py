@@ -10,7 +10,7 @@ import pytest
 import anykvm
 from anykvm import GuestMemory, Io, MemoryFault
 from anykvm.api.libc import PROT_READ
-from machine import Machine
+from machine import CODE, Machine
 
 PAGE = 4096
 HIGH = 0x1000000
@@ -33,7 +33,7 @@ def memory(machine: Machine) -> Iterator[GuestMemory]:
 @pytest.mark.parametrize("refused", [0, 1])
 @pytest.mark.parametrize("code", [False, True])
 @pytest.mark.parametrize("at", [1, 3, 4, 7])
-@pytest.mark.parametrize("access", ["incq (%rdi)", "addl $1, (%rdi)", "mov %rbx, (%rdi)", "lock incq (%rdi)", "xadd %rbx, (%rdi)"])
+@pytest.mark.parametrize("access", ["incq (%rdi)", "addl $1, (%rdi)", "mov %rbx, (%rdi)", "movbe %rbx, (%rdi)", "lock incq (%rdi)", "xadd %rbx, (%rdi)"])
 def test_a_store_over_two_pages_that_faults_stores_nothing(
     machine: Machine, memory: GuestMemory, access: str, at: int, code: bool, refused: int
 ) -> None:
@@ -58,7 +58,33 @@ def test_a_store_over_two_pages_that_faults_stores_nothing(
     assert isinstance(machine.vcpu.run(), Io)
     offset = 8 - at
     before = int.from_bytes(OLD[offset : offset + size], "little")
-    after = regs.rbx if "mov" in access else before + (regs.rbx if "xadd" in access else 1)
+    new = int.from_bytes(regs.rbx.to_bytes(8, "big" if "movbe" in access else "little"), "little")
+    after = new if "mov" in access else before + (regs.rbx if "xadd" in access else 1)
     want = bytearray(OLD)
     want[offset : offset + size] = after.to_bytes(8, "little")[:size]
     assert memory.read(PAGE - 8, 16) == want
+
+
+LOADS = ["mov (%rdi), %rax", "mov (%rdi), %eax", "movzwl (%rdi), %eax", "movswq (%rdi), %rax", "movbe (%rdi), %rax", "movups (%rdi), %xmm0"]
+
+
+@pytest.mark.parametrize("refused", [0, 1])
+@pytest.mark.parametrize("access", [*LOADS, "add (%rdi), %rax", "cmp %rax, (%rdi)", "push (%rdi)", "fildq (%rdi)"])
+def test_a_load_over_two_pages_faults_at_its_instruction(
+    machine: Machine, memory: GuestMemory, access: str, refused: int
+) -> None:
+    """What comes before it in its block, and before that block, is not done again."""
+    machine.long_mode(f"mov ${HIGH + PAGE - 1}, %edi; 1: inc %rbx; 2: inc %r12; {access}; 3: inc %r13; out %al, $0x10; jmp 1b")
+    machine.set_regs(rbx=0, r12=0, r13=0)
+    for count in (1, 2, 3):
+        assert isinstance(machine.vcpu.run(), Io)
+    memory.protect(refused * PAGE, PAGE, 0)
+    for _ in range(3):
+        exit = machine.vcpu.run()
+        assert isinstance(exit, MemoryFault) and exit.gpa == HIGH + refused * PAGE
+        regs = machine.vcpu.get_regs()
+        assert (regs.rbx, regs.r12, regs.r13, regs.rip) == (count + 1, count + 1, count, CODE + 5 + 6)
+    memory.protect(refused * PAGE, PAGE, 3)
+    assert isinstance(machine.vcpu.run(), Io)
+    regs = machine.vcpu.get_regs()
+    assert (regs.rbx, regs.r12, regs.r13) == (count + 1, count + 1, count + 1)

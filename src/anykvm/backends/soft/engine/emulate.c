@@ -236,15 +236,11 @@ u32 memory_region_dispatch_write_x86_64(struct uc_struct *uc, void *mr, u64 addr
 
 /* An unaligned load from a device page: the engine would read the two aligned words around it, which a device must not
  * see. Read exactly the bytes asked for, split at the page boundary. */
-static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, uintptr_t retaddr, u64 *value)
+bool ak_unaligned_load(struct ak_vcpu *v, u64 addr, u32 oi, u32 size, uintptr_t retaddr, u64 *value)
 {
-    struct ak_vcpu *v = ak_current;
     struct ak_translation t[2] = {{0}, {0}};
     u32 first = size, i, n = 1;
     bool device = false;
-    (void)env;
-    if (v->emulation != AK_RUNNING || !(addr & (size - 1)))
-        return false;
     if (((addr + size - 1) ^ addr) & AK_PAGE_MASK) {
         first = (u32)(AK_PAGE_SIZE - (addr & ~AK_PAGE_MASK));
         n = 2;
@@ -273,22 +269,6 @@ static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, 
     }
     return true;
 }
-
-#define LOAD(name, type, size)                                                                                         \
-    extern u64 __real_##name(struct CPUX86State *, u64, u32, uintptr_t);                                               \
-    u64 __wrap_##name(struct CPUX86State *env, u64 addr, u32 oi, uintptr_t retaddr)                                    \
-    {                                                                                                                  \
-        u64 value;                                                                                                     \
-        if (__builtin_expect(ak_current->emulation == AK_RUNNING, 0) &&                                                \
-            unaligned_load(env, addr, oi, size, retaddr, &value))                                                      \
-            return (u64)(type)value;                                                                                   \
-        return __real_##name(env, addr, oi, retaddr);                                                                  \
-    }
-LOAD(helper_le_lduw_mmu_x86_64, u16, 2)
-LOAD(helper_le_ldul_mmu_x86_64, u32, 4)
-LOAD(helper_le_ldq_mmu_x86_64, u64, 8)
-LOAD(helper_le_ldsw_mmu_x86_64, int16_t, 2)
-LOAD(helper_le_ldsl_mmu_x86_64, int32_t, 4)
 
 /* Run the instruction at RIP alone and without atomics, from the next entry on. */
 void ak_emulate_alone(struct ak_vcpu *v)

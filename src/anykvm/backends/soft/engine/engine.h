@@ -10,6 +10,7 @@
  *   pio.c         port I/O and its completion           events.c    exceptions, interrupts, triple fault
  *   control.c     CR, EFER, XCR0, SYSCALL, SYSENTER     msr.c       MSRs        cpuid.c  CPUID, TSC
  *   translate.c   what is decoded differently           state.c     regs, sregs, fpu
+ *   loads.c, stores.c   accesses that translated code does not do by itself
  */
 #pragma once
 #include <signal.h>
@@ -241,6 +242,7 @@ struct ak_vcpu {
     u64 span_hva;             /* the block translated last: its page and bytes */
     u32 span_first, span_last;
     uintptr_t frame;          /* of ak_enter */
+    uintptr_t load_site, load_retaddr; /* loads.c: where the last load was called from, and the instruction it is of */
     void *uc_hook;
     u64 fills, faults;        /* statistics */
     u64 tsc_base;
@@ -395,6 +397,7 @@ bool ak_emulate_boundary(struct ak_vcpu *v);
 bool ak_next_fragment(struct ak_vcpu *v);
 void ak_answer_read(struct ak_vcpu *v);
 bool ak_answered(const struct ak_vcpu *v, u64 gpa);
+bool ak_unaligned_load(struct ak_vcpu *v, u64 addr, u32 oi, u32 size, uintptr_t retaddr, u64 *value);
 void ak_write_check(struct ak_vcpu *v, u64 gpa, uintptr_t retaddr);
 bool ak_emulate_reaches(struct ak_vcpu *v, u64 gpa, bool device);
 void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));

@@ -164,6 +164,8 @@ bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why,
         retaddr = pc + 2; /* the restore takes two bytes off a return address */
     else if (!v->translating && !v->delivering) {
         retaddr = ak_helper_return(v); /* a helper called by translated code */
+        if (retaddr == v->load_site)
+            retaddr = v->load_retaddr;
         if (!in_code(v, retaddr))
             return false;
     }

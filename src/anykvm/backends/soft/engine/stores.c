@@ -47,17 +47,20 @@ static bool across(struct CPUX86State *env, u64 addr, u64 value, u32 size, u32 o
     return true;
 }
 
-#define STORE(name, type, size)                                                                                        \
+#define STORE(name, type, size, in_host_order)                                                                         \
     struct name##_type { type value; } __attribute__((packed));                                                        \
     extern void __real_##name(struct CPUX86State *, u64, type, u32, uintptr_t);                                        \
     void __wrap_##name(struct CPUX86State *env, u64 addr, type value, u32 oi, uintptr_t retaddr)                       \
     {                                                                                                                  \
         struct name##_type *at = addr & (size - 1) ? whole(env, addr, size, oi, retaddr) : NULL;                       \
         if (at)                                                                                                        \
-            ((volatile struct name##_type *)at)->value = value;                                                        \
-        else if (!across(env, addr, value, size, oi, retaddr))                                                         \
+            ((volatile struct name##_type *)at)->value = in_host_order(value);                                         \
+        else if (!across(env, addr, in_host_order(value), size, oi, retaddr))                                          \
             __real_##name(env, addr, value, oi, retaddr);                                                              \
     }
-STORE(helper_le_stw_mmu_x86_64, u16, 2)
-STORE(helper_le_stl_mmu_x86_64, u32, 4)
-STORE(helper_le_stq_mmu_x86_64, u64, 8)
+STORE(helper_le_stw_mmu_x86_64, u16, 2, (u16))
+STORE(helper_le_stl_mmu_x86_64, u32, 4, (u32))
+STORE(helper_le_stq_mmu_x86_64, u64, 8, (u64))
+STORE(helper_be_stw_mmu_x86_64, u16, 2, __builtin_bswap16)
+STORE(helper_be_stl_mmu_x86_64, u32, 4, __builtin_bswap32)
+STORE(helper_be_stq_mmu_x86_64, u64, 8, __builtin_bswap64)
