@@ -6,10 +6,10 @@ import errno
 import random
 import signal
 import threading
-from collections import Counter
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
-from anykvm import DirtyRingFull, Hlt, Intr, Io, MemoryFault, Mmio, Vcpu, abi
+from anykvm import DirtyRingFull, Exit, Hlt, Intr, Io, MemoryFault, Mmio, Vcpu, abi
 from stress import board as b
 from stress.guest import PORT_WRONG, WHY
 from stress.private import Private, Shared
@@ -31,6 +31,7 @@ class Runner:
         self.note = b.NOTES + writer * b.NOTE_SIZE
         self.random = random.Random(seed)
         self.exits: Counter[str] = Counter()
+        self.last: deque[Exit] = deque(maxlen=8)
         self.thread = threading.Thread(target=world.guarded, args=(self.run,), name=f"vCPU {writer}")
 
     def run(self) -> None:
@@ -41,6 +42,7 @@ class Runner:
         while not self.world.failed:
             exit = self.vcpu.run()
             self.exits[type(exit).__name__] += 1
+            self.last.append(exit)
             match exit:
                 case MemoryFault():
                     self.fault(exit)
@@ -158,10 +160,12 @@ class Runner:
     # -- explanations --------------------------------------------------------------------------------------------------
 
     def where(self) -> str:
-        """The registers."""
+        """The registers, what alone changes now, and the last exits."""
         regs = self.vcpu.get_regs()
-        names = ("rip", "rax", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10", "r11", "r12")
-        return ", ".join(f"{name} {getattr(regs, name):#x}" for name in names)
+        names = ("rip", "rax", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12")
+        values = ", ".join(f"{name} {getattr(regs, name):#x}" for name in names)
+        only = self.world.phases.only
+        return f"{values}; {only.change.__qualname__ if only else 'all'} in {only.area.name if only else 'all'}; {list(self.last)}"
 
     def wrong(self, value: int) -> str:
         """What the guest found, in words."""

@@ -69,6 +69,12 @@ class Report:
     missing: str = ""
     """What this machine cannot do."""
 
+    def add(self, other: Report) -> None:
+        """Count another's in."""
+        for name in ("seconds", "changes", "exits", "checked", "written", "audited", "counted"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.missing = self.missing or other.missing
+
 
 class World:
     """Either dirty bitmaps, and a guest that chooses what is private by an address bit; or dirty rings, and a guest
