@@ -33,7 +33,17 @@ def memory(machine: Machine) -> Iterator[GuestMemory]:
 @pytest.mark.parametrize("refused", [0, 1])
 @pytest.mark.parametrize("code", [False, True])
 @pytest.mark.parametrize("at", [1, 3, 4, 7])
-@pytest.mark.parametrize("access", ["incq (%rdi)", "addl $1, (%rdi)", "mov %rbx, (%rdi)", "movbe %rbx, (%rdi)", "lock incq (%rdi)", "xadd %rbx, (%rdi)"])
+@pytest.mark.parametrize(
+    "access",
+    [
+        "incq (%rdi)",
+        "addl $1, (%rdi)",
+        "mov %rbx, (%rdi)",
+        "movbe %rbx, (%rdi)",
+        "lock incq (%rdi)",
+        "xadd %rbx, (%rdi)",
+    ],
+)
 def test_a_store_over_two_pages_that_faults_stores_nothing(
     machine: Machine, memory: GuestMemory, access: str, at: int, code: bool, refused: int
 ) -> None:
@@ -65,7 +75,14 @@ def test_a_store_over_two_pages_that_faults_stores_nothing(
     assert memory.read(PAGE - 8, 16) == want
 
 
-LOADS = ["mov (%rdi), %rax", "mov (%rdi), %eax", "movzwl (%rdi), %eax", "movswq (%rdi), %rax", "movbe (%rdi), %rax", "movups (%rdi), %xmm0"]
+LOADS = [
+    "mov (%rdi), %rax",
+    "mov (%rdi), %eax",
+    "movzwl (%rdi), %eax",
+    "movswq (%rdi), %rax",
+    "movbe (%rdi), %rax",
+    "movups (%rdi), %xmm0",
+]
 
 
 @pytest.mark.parametrize("refused", [0, 1])
@@ -74,10 +91,13 @@ def test_a_load_over_two_pages_faults_at_its_instruction(
     machine: Machine, memory: GuestMemory, access: str, refused: int
 ) -> None:
     """What comes before it in its block, and before that block, is not done again."""
-    machine.long_mode(f"mov ${HIGH + PAGE - 1}, %edi; 1: inc %rbx; 2: inc %r12; {access}; 3: inc %r13; out %al, $0x10; jmp 1b")
+    machine.long_mode(
+        f"mov ${HIGH + PAGE - 1}, %edi; 1: inc %rbx; 2: inc %r12; {access}; 3: inc %r13; out %al, $0x10; jmp 1b"
+    )
     machine.set_regs(rbx=0, r12=0, r13=0)
-    for count in (1, 2, 3):
+    for _ in range(3):
         assert isinstance(machine.vcpu.run(), Io)
+    count = machine.vcpu.get_regs().rbx
     memory.protect(refused * PAGE, PAGE, 0)
     for _ in range(3):
         exit = machine.vcpu.run()

@@ -26,8 +26,8 @@ def check_page(area: Area, page: int) -> int:
             (value,) = struct.unpack_from("<I", data, offset)
             if not kept <= value <= latest or (value and value <= purged):
                 raise AssertionError(
-                    f"{area.name}, page {page}, channel {channel}: {value} at {offset:#x}; latest {latest}, purged {purged},"
-                    f" floor {kept}"
+                    f"{area.name}, page {page}, channel {channel}: {value} at {offset:#x};"
+                    f" latest {latest}, purged {purged}, floor {kept}"
                 )
             count += 1
     return count

@@ -4,14 +4,14 @@ Every page under test has *channels*: words (or strips of words) that one writer
 grow. Of each channel the board has
 
 - ``latest``: no larger number was ever written. The writer sets it before the store.
-- ``floor``: a number that was there, and the page's loss count then. The writer sets it when the store is done. As long
-  as the count is the same, whoever reads must find it, or a larger one.
+- ``floor``: a number that was there, and the page's loss count then. The writer sets it when the store is done. As
+  long as the count is the same, whoever reads must find it, or a larger one.
 - ``purged``: numbers up to this one were thrown away by the VMM. From then on nobody may find one of them.
 
-Of each page: ``loss``, a count that is odd while the VMM throws the page's contents away; ``reach``, odd while an access
-may fail; ``state``, odd while the page is being converted, and with PRIVATE set while it is private. Of each of an
-area's four addresses: ``slot``, odd while there is no slot, with READ_ONLY set while it is read-only. The x86 order of
-loads and stores, in guests and in the VMM, is all the locking there is.
+Of each page: ``loss``, a count that is odd while the VMM throws the page's contents away; ``reach``, odd while an
+access may fail; ``state``, odd while the page is being converted, and with PRIVATE set while it is private. Of each of
+an area's four addresses: ``slot``, odd while there is no slot, with READ_ONLY set while it is read-only. The x86 order
+of loads and stores, in guests and in the VMM, is all the locking there is.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ NOTE_REACH: Final = 0x14  # of that page and the next
 NOTE_VOID: Final = 0x1C  # set by the vCPU's thread: a device took the access, nothing can be concluded
 NOTE_CHECKED: Final = 0x20
 NOTE_WRITTEN: Final = 0x28
+NOTE_BEGAN: Final = 0x30
+"""The page's state when the round began; the vCPU's thread brings NOTE_STATE up to date."""
 NOTE_TALLY: Final = 0x100  # increments done: of each page 4 counters
 NOTE_SCRATCH: Final = 0x800
 NOTE_STACK: Final = 0x2000

@@ -1,5 +1,5 @@
-"""The guests' program. Each round: choose an area, a page, one of its addresses and an operation; note on the board what
-is about to be accessed; access it; judge the value. Judging needs no exit, so a guest reads millions of values a second.
+"""The guests' program. Each round: choose an area, a page, one of its addresses and an operation; note on the board
+what is about to be accessed; access it; judge the value. Judging needs no exit.
 
 Registers: %r15 the vCPU's note, %r14 the generator's state, %r13 the writer's number; in a round %rbx the area's
 descriptor, %rdi the page's linear address, %ebp its number on the board, %r8d its state (if the area follows it), %r9d
@@ -13,8 +13,13 @@ from machine import assemble
 from stress import board as b
 
 PORT_WRONG = 0x21
-FUTURE, PAST, LOST = 1, 2, 3
-WHY = {FUTURE: "was never written", PAST: "was thrown away before", LOST: "is older than what was there before"}
+FUTURE, PAST, LOST, HIDDEN = 1, 2, 3, 4
+WHY = {
+    FUTURE: "was never written",
+    PAST: "was thrown away before",
+    LOST: "is older than what was there before",
+    HIDDEN: "is of memory that the attribute forbids to access in this way",
+}
 
 _MACROS = f"""
 .macro channel page, number         # of a page: its address in r10, what the board says of it
@@ -88,6 +93,7 @@ has_slot:
     mov %ebp, {b.NOTE_PAGE}(%r15)
     mov {b.STATE:#x}(, %rbp, 4), %rcx       # of two pages
     mov %rcx, {b.NOTE_STATE}(%r15)
+    mov %ecx, {b.NOTE_BEGAN}(%r15)
     mov %ecx, %r8d
     xor {b.WANTS}(%rbx), %ecx
     and ${b.PRIVATE}, %ecx
@@ -124,14 +130,25 @@ who: .byte 1, 2, 3, 1
 owners: .byte {", ".join(str(b.owner(page)) for page in range(b.PAGES))}
 """
 
-#: eax: the value read from the channel in r10. Keeps esi.
+#: eax: the value read from the channel in r10. Keeps esi, not r12.
 _JUDGE = f"""
 judge:
     cmpl $0, {b.NOTE_VOID}(%r15)
     jne 9f
     mov {b.NOTE_PAGE}(%r15), %ecx
     mov {b.STATE:#x}(, %rcx, 4), %ecx
-    and {b.FOLLOW}(%rbx), %ecx
+    cmp {b.NOTE_BEGAN}(%r15), %ecx
+    jne 1f                          # it was changed meanwhile
+    mov %ecx, %r12d
+    xor {b.WANTS}(%rbx), %r12d
+    and ${b.CHANGING | b.PRIVATE}, %r12d
+    cmp ${b.PRIVATE}, %r12d
+    jne 1f
+    testl ${b.PRIVATE}, {b.FOLLOW}(%rbx)
+    jnz 1f
+    mov ${HIDDEN}, %ecx
+    jmp wrong
+1:  and {b.FOLLOW}(%rbx), %ecx
     cmp %ecx, %r8d
     jne 9f                          # of which memory it was is not known
     mov ${FUTURE}, %ecx
@@ -316,4 +333,3 @@ def program() -> tuple[bytes, dict[str, int]]:
     at = [int.from_bytes(table[8 * n : 8 * n + 8], "little") for n in range(len(_OPERATIONS))]
     assert len(image) <= 0x2000, "the program overlaps the machine's tables"
     return image, dict(zip(_OPERATIONS, at, strict=True))
-

@@ -127,7 +127,14 @@ class File(Area):
 
     def changes(self) -> list[tuple[int, Change]]:
         """Of the file, and of its mapping."""
-        return [(4, self.store), (3, self.protect), (2, self.punch), (1, self.truncate), (2, self.forget), (2, self.again)]
+        return [
+            (4, self.store),
+            (3, self.protect),
+            (2, self.punch),
+            (1, self.truncate),
+            (2, self.forget),
+            (2, self.again),
+        ]
 
     def store(self, choose: random.Random) -> None:
         """The VMM writes the file by its own mapping."""
@@ -228,6 +235,3 @@ class Userfault(Area):
             self.thread.join()
         for fd in (self.stop, self._wake, self.faults.fd):
             os.close(fd)
-
-
-

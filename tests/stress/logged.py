@@ -1,4 +1,4 @@
-"""An area with a dirty log, whose contents are never lost: no write may be missed, and at the end counters must be exact."""
+"""An area with a dirty log, whose contents are never lost: no write may be missed, and counters must be exact."""
 
 from __future__ import annotations
 
@@ -45,7 +45,13 @@ class Logged(Area):
 
     def changes(self) -> list[tuple[int, Change]]:
         """Nothing that loses contents."""
-        always = [(6, self.harvest), (2, self.toggle), (2, self.protect), (1, self.poison), (1, self.store)]
+        always: list[tuple[int, Change]] = [
+            (6, self.harvest),
+            (2, self.toggle),
+            (2, self.protect),
+            (1, self.poison),
+            (1, self.store),
+        ]
         return always if self.world.rings else [*always, (1, self.manual_protect)]
 
     def now(self) -> list[bytes]:
@@ -127,7 +133,9 @@ class Logged(Area):
             for offset, count in want.items():
                 (is_,) = struct.unpack_from("<Q", data, page * b.PAGE + offset)
                 if is_ != count:
-                    raise AssertionError(f"counter at {offset:#x} of page {page} is {is_}, and was incremented {count} times")
+                    raise AssertionError(
+                        f"counter at {offset:#x} of page {page} is {is_}, and was incremented {count} times"
+                    )
                 total += count
         return total
 

@@ -129,5 +129,3 @@ class Private(Area):
     def read(self, page: int) -> bytes:
         """The file itself."""
         return os.pread(self.shared.fd, b.PAGE, page * b.PAGE)
-
-

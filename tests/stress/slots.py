@@ -34,7 +34,14 @@ class Moving(Area):
 
     def changes(self) -> list[tuple[int, Change]]:
         """Of its slot."""
-        return [(3, self.store), (2, self.delete), (3, self.move), (2, self.read_only), (1, self.protect), (1, self.discard)]
+        return [
+            (3, self.store),
+            (2, self.delete),
+            (3, self.move),
+            (2, self.read_only),
+            (1, self.protect),
+            (1, self.discard),
+        ]
 
     def here(self) -> tuple[int, int]:
         """Which of its addresses have the slot."""
@@ -79,5 +86,6 @@ class Moving(Area):
             if now != before:
                 at = next(n for n in range(SIZE) if now[n] != before[n])
                 raise AssertionError(
-                    f"a guest wrote memory that no slot lets it write any more: page {at // b.PAGE}, offset {at % b.PAGE:#x}"
+                    "a guest wrote memory that no slot lets it write any more:"
+                    f" page {at // b.PAGE}, offset {at % b.PAGE:#x}"
                 )

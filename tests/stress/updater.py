@@ -44,16 +44,16 @@ class Phases:
         """Begin another phase."""
         with self.condition:
             everything = self.only is not None and self.random.random() < 0.5
-            self.only = None if everything else self.random.choice(self.choices)
+            often = [choice.often for choice in self.choices]
+            self.only = None if everything else self.random.choices(self.choices, often)[0]
             self._guests()
             self.condition.notify_all()
 
     def _guests(self) -> None:
-        weights = {area.index: area.weight for area in self.world.areas}
+        picked: list[int] = b.spread({area.index: area.weight for area in self.world.areas}, 32)
         if self.only is not None:
-            weights = {index: min(weight, 1) for index, weight in weights.items()}
-            weights[self.only.area.accessed] = 16
-        self.world.board.put_bytes(b.PICK, bytes(b.spread(weights, 32)))
+            picked = [0] + [self.only.area.accessed] * 31
+        self.world.board.put_bytes(b.PICK, bytes(picked))
 
     def wait(self, mine: list[Choice]) -> Choice | None:
         """Sleep while only others may do something; returns what alone may happen."""

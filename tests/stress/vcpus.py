@@ -48,7 +48,9 @@ class Runner:
                     self.fault(exit)
                     self.look_again()
                 case Mmio():
-                    self.device(exit)  # what is noted stays: the rest of the access may follow, whatever slots are there by then
+                    self.device(
+                        exit
+                    )  # what is noted stays: the rest of the access may follow, whatever slots are there by then
                 case Intr(abi.KVM_EXIT_INTR):
                     self.interrupted()
                 case DirtyRingFull():
@@ -93,7 +95,9 @@ class Runner:
         number = (exit.gpa - area.gpas[self.board.word(self.note + b.NOTE_ADDRESS) % b.ADDRESSES]) // b.PAGE
         n = area.first + number - first
         if n not in (0, 1):
-            raise AssertionError(f"vCPU {self.writer}: {exit} while it accesses page {first} of {area.name}, {self.where()}")
+            raise AssertionError(
+                f"vCPU {self.writer}: {exit} while it accesses page {first} of {area.name}, {self.where()}"
+            )
         state = self.board.word(self.note + b.NOTE_STATE + 4 * n)
         now = self.board.state(first + n)
         if self.mismatch(area, number, exit, state, now):
@@ -104,7 +108,9 @@ class Runner:
         unreachable = reach & 1 or reach != self.board.word(b.REACH + 4 * target) or (area.follow and state != now)
         right = (abi.KVM_MEMORY_EXIT_FLAG_PRIVATE, abi.EHWPOISON) if private else (0, errno.EFAULT)
         if not unreachable or (not area.follow and (exit.flags, exit.errno) != right):
-            raise AssertionError(f"vCPU {self.writer}: {exit}, and page {number} of {area.name} was there, {self.where()}")
+            raise AssertionError(
+                f"vCPU {self.writer}: {exit}, and page {number} of {area.name} was there, {self.where()}"
+            )
         if self.random.random() < 0.2:
             self.pre_fault(exit.gpa)
 
@@ -165,7 +171,8 @@ class Runner:
         names = ("rip", "rax", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "r8", "r9", "r10", "r11", "r12")
         values = ", ".join(f"{name} {getattr(regs, name):#x}" for name in names)
         only = self.world.phases.only
-        return f"{values}; {only.change.__qualname__ if only else 'all'} in {only.area.name if only else 'all'}; {list(self.last)}"
+        changes = f"{only.area.name}: {only.change.__qualname__}" if only else "all"
+        return f"{values}; changes: {changes}; last exits: {list(self.last)}"
 
     def wrong(self, value: int) -> str:
         """What the guest found, in words."""
@@ -175,6 +182,7 @@ class Runner:
         latest, purged, floor, loss = self.board.channel(page, channel)
         return (
             f"vCPU {self.writer} read {value} in channel {channel} of page {page % b.PAGES} of {area.name}, which"
-            f" {WHY[regs.rcx & 0xFFFFFFFF]}: latest {latest}, purged {purged} (read before: {regs.r11}), floor {floor} since"
-            f" {loss}, loss count now {self.board.loss(page)} (before: {regs.r9}), state {self.board.state(page)}; {self.where()}"
+            f" {WHY[regs.rcx & b.U32]}: latest {latest}, purged {purged} (read before: {regs.r11}), floor {floor} since"
+            f" {loss}, loss count now {self.board.loss(page)} (before: {regs.r9}), state {self.board.state(page)};"
+            f" {self.where()}"
         )

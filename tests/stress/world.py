@@ -193,8 +193,7 @@ class World:
         with _switching(), _kicks():
             for area in self.areas:
                 area.start()
-            threads = [worker.thread for worker in (*self.runners, *self.updaters)]
-            for thread in threads:
+            for thread in [runner.thread for runner in self.runners] + [updater.thread for updater in self.updaters]:
                 thread.start()
             self._watch(progress, started)
             self.phases.next()  # also who sleeps finds that it is over
