@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find src -name '*.c' -o -name '*.h' -o -name '*.pxd') src/anykvm/backends/soft/run.py setup.py pyproject.toml
 
-.PHONY: help setup demo test annotate bench oracle random lint types clean
+.PHONY: help setup demo test annotate stress bench oracle random lint types clean
 help:
 	@echo "make demo   set up, then compute the CRC of a 64 MiB file in a guest whose memory arrives page by page"
 	@echo "make test   set up, then lint, types and all tests"
@@ -13,6 +13,7 @@ help:
 	@echo "            and explain a real kernel's bare EFAULTs"
 	@echo "make random set up, then 2,000 random sequences on a real kernel (in QEMU, a quarter of an hour) and on soft"
 	@echo "make annotate  set up, then 10,000 generated faults: does the annotate layer find the cause of each?"
+	@echo "make stress set up, then 5 minutes of vCPUs whose memory changes in all ways under them (SECONDS=, SEED=)"
 	@echo "make bench  set up, then the speed table beside its peers (bench-results.json)"
 
 setup: $(STAMP)
@@ -31,6 +32,9 @@ test: setup
 
 annotate: setup
 	@$(BIN)/python tests/annotate_bed.py 10000
+
+stress: setup
+	@PYTHONPATH=tests $(BIN)/python -m stress --seconds $(or $(SECONDS),300) --seed $(or $(SEED),1)
 
 lint: setup
 	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .

@@ -31,15 +31,17 @@ WRAPPED = (
     "helper_le_lduw_mmu",
     "helper_le_ldul_mmu",
     "helper_le_ldq_mmu",
-    "helper_le_ldsw_mmu",
-    "helper_le_ldsl_mmu",
-    "helper_le_stw_mmu",
-    "helper_le_stl_mmu",
-    "helper_le_stq_mmu",
+    "helper_ret_ldub_mmu",
     "helper_be_lduw_mmu",
     "helper_be_ldul_mmu",
     "helper_be_ldq_mmu",
+    "helper_le_stw_mmu",
+    "helper_le_stl_mmu",
+    "helper_le_stq_mmu",
     "cpu_ldq_data_ra",
+    "helper_be_stw_mmu",
+    "helper_be_stl_mmu",
+    "helper_be_stq_mmu",
 )
 
 

@@ -168,3 +168,36 @@ def test_signal_kicks_the_vcpu_of_its_thread(machine: Machine) -> None:
             signal.pthread_kill(thread.ident, signal.SIGUSR1)
             thread.join(0.001)
         assert seen == [Intr(anykvm.abi.KVM_EXIT_INTR)]
+
+
+LOCKED = {
+    # instruction, what it makes of memory that holds 5; a device would have answered 7
+    "lock incq (%rdi)": 6,
+    "lock xadd %rbx, (%rdi)": 5 + 9,
+    "xchg %rbx, (%rdi)": 9,
+    "lock cmpxchg %rbx, (%rdi)": 5,  # rax is 1: no match
+    "lock btsq $1, (%rdi)": 7,
+    "lock cmpxchg8b (%rdi)": 5,
+}
+
+
+@pytest.mark.parametrize("at", [0x100, 0x101])
+@pytest.mark.parametrize("access", LOCKED)
+def test_a_slot_that_comes_between_a_locked_read_and_its_write(machine: Machine, access: str, at: int) -> None:
+    """KVM's compare-and-exchange would find other memory than what was read, and run the instruction again: what a
+    device answered must not get into memory."""
+    with GuestMemory(4096) as ram:
+        ram.write(at, (5).to_bytes(8, "little"))
+        machine.long_mode(f"mov ${HIGH + at}, %edi; {access}; hlt")
+        machine.set_regs(rax=1, rbx=9)
+        exit = machine.vcpu.run()
+        assert isinstance(exit, Mmio) and not exit.is_write and exit.len == 8
+        exit.respond(7)
+        slot = machine.vm.map(ram, HIGH)
+        machine.run_to_halt()
+        assert int.from_bytes(ram.read(at, 8), "little") == LOCKED[access]
+        assert ram.read(0, at) == bytes(at) and ram.read(at + 8, 64) == bytes(64)
+        regs = machine.vcpu.get_regs()
+        assert regs.rbx == (5 if "%rbx" in access and "cmpxchg" not in access else 9)
+        assert regs.rax == (5 if "cmpxchg" in access else 1)
+        machine.vm.unmap(slot)

@@ -59,6 +59,12 @@ class Userfaultfd:
         """Put zeroed pages there."""
         self._ioctl(_UFFDIO_ZEROPAGE, struct.pack("<QQQq", self.host.address + offset, length, 0, 0))
 
+    def copy(self, offset: int, data: bytes) -> None:
+        """Put pages with these bytes there. Raises OSError: EEXIST where one is."""
+        source = (ctypes.c_char * len(data)).from_buffer_copy(data)
+        target = self.host.address + offset
+        self._ioctl(_UFFDIO_COPY, struct.pack("<QQQQq", target, ctypes.addressof(source), len(data), 0, 0))
+
     def poison(self, offset: int, length: int = PAGE) -> int:
         """Mark pages as poisoned."""
         self._ioctl(_UFFDIO_POISON, struct.pack("<QQQq", self.host.address + offset, length, 0, 0))
@@ -102,9 +108,7 @@ class Userfaultfd:
                     answer(message["off"] & ~(PAGE - 1))
 
     def _copy(self, offset: int) -> None:
-        page = ctypes.create_string_buffer(ANSWER.to_bytes(8, "little"), PAGE)
-        target = self.host.address + offset
-        self._ioctl(_UFFDIO_COPY, struct.pack("<QQQQq", target, ctypes.addressof(page), PAGE, 0, 0))
+        self.copy(offset, ANSWER.to_bytes(8, "little").ljust(PAGE, b"\0"))
 
     def _ioctl(self, request: int, argument: bytes) -> None:
         fcntl.ioctl(self.fd, request, bytearray(argument))

@@ -212,6 +212,22 @@ bool ak_answered(const struct ak_vcpu *v, u64 gpa)
     return v->emulation == AK_RUNNING && v->nreplay < v->nlog && v->log[v->nreplay].gpa >> 12 == gpa >> 12;
 }
 
+/* A locked instruction is about to write memory where a device answered its read: a slot has come meanwhile, and what it
+ * would write was made from the device's value. KVM compares and, as memory has something else, runs the instruction again
+ * (emulator_cmpxchg_emulated()). One without lock writes: also KVM's. */
+void ak_write_check(struct ak_vcpu *v, u64 gpa, uintptr_t retaddr)
+{
+    if (!v->emulate_alone)
+        return;
+    for (u32 i = 0; i < v->nreplay; i++)
+        if (v->log[i].gpa >> 12 == gpa >> 12) {
+            stop_emulating(v);
+            v->nfragments = 0;
+            v->exclusive = 1; /* as it was found to need that before */
+            ak_leave(v, AK_EXIT_KICKED, retaddr);
+        }
+}
+
 /* A page that is no RAM, met while emulating. False: the host refuses it, and it comes before the device access because
  * of which KVM would have begun to emulate at all; so it is a fault of native execution. */
 bool ak_emulate_reaches(struct ak_vcpu *v, u64 gpa, bool device)
@@ -277,9 +293,8 @@ u32 memory_region_dispatch_write_x86_64(struct uc_struct *uc, void *mr, u64 addr
 
 /* An unaligned load from a device page: the engine would read the two aligned words around it, which a device must not
  * see. Read exactly the bytes asked for, split at the page boundary. */
-static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, uintptr_t retaddr, u64 *value)
+bool ak_unaligned_load(struct ak_vcpu *v, u64 addr, u32 oi, u32 size, uintptr_t retaddr, u64 *value)
 {
-    struct ak_vcpu *v = ak_current;
     struct ak_translation t[2] = {{0}, {0}};
     u32 first = size, i, n = 1;
     bool device = false;
@@ -293,7 +308,7 @@ static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, 
         u64 va = i ? addr + first : addr;
         int r = ak_walk(v, va, AK_READ, (int)(oi & 15), true, &t[i]);
         if (r == AK_WALK_PF && device) { /* a fault of the second page comes before the device is read */
-            env->cr[2] = va;
+            v->env->cr[2] = va;
             ak_raise(v, EXCP_PF, (int)t[i].error_code, retaddr);
         }
         if (r != AK_WALK_OK)
@@ -319,47 +334,6 @@ static bool unaligned_load(struct CPUX86State *env, u64 addr, u32 oi, u32 size, 
         *value |= (part < 8 ? data & ((1ull << (8 * part)) - 1) : data) << shift;
     }
     return true;
-}
-
-#define LOAD(name, type, size)                                                                                         \
-    extern u64 __real_##name(struct CPUX86State *, u64, u32, uintptr_t);                                               \
-    u64 __wrap_##name(struct CPUX86State *env, u64 addr, u32 oi, uintptr_t retaddr)                                    \
-    {                                                                                                                  \
-        u64 value;                                                                                                     \
-        if (__builtin_expect(ak_current->emulation == AK_RUNNING, 0) &&                                                \
-            unaligned_load(env, addr, oi, size, retaddr, &value))                                                      \
-            return (u64)(type)value;                                                                                   \
-        return __real_##name(env, addr, oi, retaddr);                                                                  \
-    }
-LOAD(helper_le_lduw_mmu_x86_64, u16, 2)
-LOAD(helper_le_ldul_mmu_x86_64, u32, 4)
-LOAD(helper_le_ldq_mmu_x86_64, u64, 8)
-LOAD(helper_le_ldsw_mmu_x86_64, int16_t, 2)
-LOAD(helper_le_ldsl_mmu_x86_64, int32_t, 4)
-
-#define LOAD_SWAPPED(name, size)                                                                                       \
-    extern u64 __real_##name(struct CPUX86State *, u64, u32, uintptr_t);                                               \
-    u64 __wrap_##name(struct CPUX86State *env, u64 addr, u32 oi, uintptr_t retaddr)                                    \
-    {                                                                                                                  \
-        u64 value;                                                                                                     \
-        if (__builtin_expect(ak_current->emulation == AK_RUNNING, 0) &&                                                \
-            unaligned_load(env, addr, oi, size, retaddr, &value))                                                      \
-            return swapped(value, size, MO_BSWAP);                                                                     \
-        return __real_##name(env, addr, oi, retaddr);                                                                  \
-    }
-LOAD_SWAPPED(helper_be_lduw_mmu_x86_64, 2)
-LOAD_SWAPPED(helper_be_ldul_mmu_x86_64, 4)
-LOAD_SWAPPED(helper_be_ldq_mmu_x86_64, 8)
-
-/* The load of CMPXCHG8B, which is a helper of its own. */
-extern u64 __real_cpu_ldq_data_ra_x86_64(struct CPUX86State *, u64, uintptr_t);
-u64 __wrap_cpu_ldq_data_ra_x86_64(struct CPUX86State *env, u64 addr, uintptr_t retaddr)
-{
-    u64 value;
-    if (__builtin_expect(ak_current->emulation == AK_RUNNING, 0) &&
-        unaligned_load(env, addr, (u32)ak_data_mmu_index(ak_current), 8, retaddr, &value))
-        return value;
-    return __real_cpu_ldq_data_ra_x86_64(env, addr, retaddr);
 }
 
 /* Run the instruction at RIP alone and without atomics, from the next entry on. */

@@ -13,6 +13,7 @@
  *   pio.c         port I/O and its completion           events.c    exceptions, interrupts, triple fault
  *   control.c     CR, EFER, XCR0, SYSCALL, SYSENTER     msr.c       MSRs        cpuid.c  CPUID, TSC
  *   translate.c   what is decoded differently           state.c     regs, sregs, fpu
+ *   loads.c, stores.c   accesses that translated code does not do by itself
  */
 #pragma once
 #include <signal.h>
@@ -116,6 +117,8 @@ struct ak_slot {
     u32 gmem_only;            /* the file can be mapped: shared accesses use it too */
 };
 
+#define AK_FAULT_SIGNALS 5 /* SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP: open in KVM_RUN */
+
 struct ak_vcpu;
 struct ak_gmem;
 
@@ -204,6 +207,7 @@ struct ak_vcpu {
     u64 sigmask;              /* KVM_SET_SIGNAL_MASK */
     u64 outer_mask, active_mask;
     u64 sigbus_hva;           /* SIGBUS to send when the mask is restored */
+    siginfo_t held_info[AK_FAULT_SIGNALS]; /* signals of faults that wait for that too (signals.c) */
     volatile u32 in_guest;
     volatile u64 entries, tick_entries;
     struct uc_struct *uc;
@@ -243,6 +247,7 @@ struct ak_vcpu {
     u64 span_hva;             /* the block translated last: its page and bytes */
     u32 span_first, span_last;
     uintptr_t frame;          /* of ak_enter */
+    uintptr_t load_site, load_retaddr; /* loads.c: where the last load was called from, and the instruction it is of */
     void *uc_hook;
     u64 fills, faults;        /* statistics */
     u64 tsc_base;
@@ -291,6 +296,9 @@ bool ak_signal_pending(struct ak_vcpu *v);
 bool ak_python_interrupted(struct ak_vcpu *v);
 bool ak_send_hwpoison_signal(struct ak_vcpu *v);
 void ak_signals_leave(struct ak_vcpu *v);
+bool ak_hold_signal(const siginfo_t *info);
+u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS]);
+void ak_faults_close(u64 mask);
 void ak_ticker_arm(struct ak_vcpu *v);
 void ak_pokes_settle(struct ak_vcpu *v);
 int ak_watch(struct ak_vcpu *v);
@@ -318,6 +326,8 @@ bool ak_irq_window(struct ak_vcpu *v);
 int ak_host_init(void);
 void ak_host_disposition(int signo, struct sigaction *action);
 int ak_host_touch(u64 hva, bool write, u64 *poison);
+int ak_host_merge(u64 hva, u64 bytes, u64 value, u64 *before);
+void ak_host_unmerge(u64 hva, u64 bytes, u64 value, u64 before);
 bool ak_host_equal(u64 hva, const void *bytes, u64 size);
 int ak_copy_in(void *to, u64 from, u64 size);   /* copy_from_user(): 0 or -EFAULT */
 int ak_copy_out(u64 to, const void *from, u64 size);
@@ -358,6 +368,7 @@ struct ak_translation {
 };
 int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 int ak_emulator_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
+void ak_restart(struct ak_vcpu *v, bool kick, uintptr_t retaddr) __attribute__((noreturn));
 
 /* attributes.c */
 bool ak_gfn_is_private(const struct ak_vm *vm, u64 gfn);
@@ -406,6 +417,8 @@ bool ak_emulate_boundary(struct ak_vcpu *v);
 bool ak_next_fragment(struct ak_vcpu *v);
 void ak_answer_read(struct ak_vcpu *v);
 bool ak_answered(const struct ak_vcpu *v, u64 gpa);
+bool ak_unaligned_load(struct ak_vcpu *v, u64 addr, u32 oi, u32 size, uintptr_t retaddr, u64 *value);
+void ak_write_check(struct ak_vcpu *v, u64 gpa, uintptr_t retaddr);
 bool ak_emulate_reaches(struct ak_vcpu *v, u64 gpa, bool device);
 void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
 

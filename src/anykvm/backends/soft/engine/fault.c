@@ -118,7 +118,9 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
         v->interruptible = 0;
         if (access == AK_FETCH)
             ak_check_code_page(v, t.hva);
-        else if (v->ring.size && !probe)
+        else if (transient && access == AK_WRITE && !probe)
+            ak_write_check(v, t.gpa, retaddr);
+        if (access != AK_FETCH && v->ring.size && !probe)
             ak_dirty_ring_check(v, retaddr);
         tlb_set_page_x86_64(cs, addr & AK_PAGE_MASK, t.hva, prot, mmu_idx, transient ? 1 : AK_PAGE_SIZE);
         return 1;
@@ -165,21 +167,12 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
 
 /* -- host faults in guest code ------------------------------------------------------------------------------------ */
 
-/* The host refused an access by guest code whose page was there when the TLB was filled: somebody changed the mapping
- * without telling anyone. Forget all translations and restart the instruction; the fill will then meet the page as it
- * is now. Called in the signal handler; does not return if the fault was the guest's. */
-bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why, ucontext_t *context)
+/* Forget all translations and run the instruction again: the fill will meet its pages as they are now. A store that was
+ * done in part must have been undone. */
+void ak_restart(struct ak_vcpu *v, bool kick, uintptr_t retaddr)
 {
-    uintptr_t pc = (uintptr_t)context->uc_mcontext.gregs[REG_RIP], retaddr = 0;
-    (void)address;
-    (void)why;
-    if (in_code(v, pc))
-        retaddr = pc + 2; /* the restore takes two bytes off a return address */
-    else if (!v->translating && !v->delivering) {
-        retaddr = ak_helper_return(v); /* a helper called by translated code */
-        if (!in_code(v, retaddr))
-            return false;
-    }
+    if (kick)
+        ak_kick(v);
     if (v->emulation == AK_RUNNING) {
         v->emulation = AK_ARMED;
         v->nreplay = 0;
@@ -190,4 +183,24 @@ bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why,
     if (!v->delivering)
         v->cpu->exception_index = -1;
     cpu_loop_exit_restore_x86_64(v->cpu, retaddr);
+}
+
+/* The host refused an access by guest code whose page was there when the TLB was filled: somebody changed the mapping
+ * without telling anyone. The instruction is restarted. Called in the signal handler; does not return if the fault was
+ * the guest's. */
+bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why, ucontext_t *context)
+{
+    uintptr_t pc = (uintptr_t)context->uc_mcontext.gregs[REG_RIP], retaddr = 0;
+    (void)address;
+    (void)why;
+    if (in_code(v, pc))
+        retaddr = pc + 2; /* the restore takes two bytes off a return address */
+    else if (!v->translating && !v->delivering) {
+        retaddr = ak_helper_return(v); /* a helper called by translated code */
+        if (retaddr == v->load_site)
+            retaddr = v->load_retaddr;
+        if (!in_code(v, retaddr))
+            return false;
+    }
+    ak_restart(v, false, retaddr);
 }

@@ -2,7 +2,8 @@
  * guest's: what it refuses arrives here as SIGSEGV or SIGBUS. Two cases are ours: an access under a guard (a TLB fill
  * probing a page, a copy from or to the caller), and an access by guest code whose mapping changed behind our back
  * (fault.c leaves the guest precisely). A third is the ticker's (signals.c): a fault waits for its handler and a signal
- * waits for the thread. Everything else goes to whoever handled the signal before. */
+ * waits for the thread. What somebody sent waits until KVM_RUN is over (signals.c). Everything else goes to whoever
+ * handled the signal before. */
 #define _GNU_SOURCE
 #include "engine_internal.h"
 #include <errno.h>
@@ -82,7 +83,8 @@ static void on_signal(int signo, siginfo_t *si, void *context)
         }
     }
     errno = saved;
-    pass_on(signo, si, context);
+    if (si->si_code > 0 || !ak_hold_signal(si))
+        pass_on(signo, si, context);
 }
 
 /* Install the handlers, once more if somebody replaced them. SA_NODEFER: a guard is left by a jump, which must not
@@ -114,52 +116,54 @@ void ak_host_disposition(int signo, struct sigaction *action)
         *action = previous[signo == SIGBUS];
 }
 
-/* Touch one page as get_user_pages() would: read for reads, write (without a change) for writes. */
-int ak_host_touch(u64 hva, bool write, u64 *address)
+/* An access under the guard; `refused` runs if the host refuses it, with guard.outcome. */
+#define UNDER_GUARD(access, refused)                                                                                   \
+    siginfo_t waiting[AK_FAULT_SIGNALS];                                                                               \
+    u64 mask = ak_faults_open(waiting);                                                                                \
+    if (sigsetjmp(guard.env, 0)) {                                                                                     \
+        guard.armed = 0;                                                                                               \
+        ak_faults_close(mask);                                                                                         \
+        refused;                                                                                                       \
+    }                                                                                                                  \
+    guard.armed = 1;                                                                                                   \
+    __asm__ volatile("" ::: "memory");                                                                                 \
+    access;                                                                                                            \
+    __asm__ volatile("" ::: "memory");                                                                                 \
+    guard.armed = 0;                                                                                                   \
+    ak_faults_close(mask)
+
+static inline void touch(u64 hva, bool write)
 {
-    if (sigsetjmp(guard.env, 0)) {
-        guard.armed = 0;
-        if (address)
-            *address = guard.address;
-        return guard.outcome;
-    }
-    guard.armed = 1;
-    __asm__ volatile("" ::: "memory");
     if (write)
         __asm__ volatile("lock orb $0, %0" : "+m"(*(volatile u8 *)hva));
     else
         (void)*(volatile u8 *)hva;
-    __asm__ volatile("" ::: "memory");
-    guard.armed = 0;
+}
+
+/* Touch one page as get_user_pages() would: read for reads, write (without a change) for writes. */
+int ak_host_touch(u64 hva, bool write, u64 *address)
+{
+    UNDER_GUARD(touch(hva, write), {
+        if (address)
+            *address = guard.address;
+        return guard.outcome;
+    });
     return AK_HOST_OK;
 }
 
 static int guarded_copy(void *to, const void *from, u64 size)
 {
-    if (size && sigsetjmp(guard.env, 0)) {
-        guard.armed = 0;
-        return -EFAULT;
-    }
-    guard.armed = 1;
-    __asm__ volatile("" ::: "memory");
-    memcpy(to, from, size);
-    __asm__ volatile("" ::: "memory");
-    guard.armed = 0;
+    if (!size)
+        return 0;
+    UNDER_GUARD(memcpy(to, from, size), return -EFAULT);
     return 0;
 }
 
 /* Whether host memory still holds these bytes; memory that is not there does not. */
 bool ak_host_equal(u64 hva, const void *bytes, u64 size)
 {
-    if (sigsetjmp(guard.env, 0)) {
-        guard.armed = 0;
-        return false;
-    }
-    guard.armed = 1;
-    __asm__ volatile("" ::: "memory");
-    bool same = !memcmp((const void *)hva, bytes, size);
-    __asm__ volatile("" ::: "memory");
-    guard.armed = 0;
+    bool same;
+    UNDER_GUARD(same = !memcmp((const void *)hva, bytes, size), return false);
     return same;
 }
 
@@ -178,38 +182,61 @@ int ak_copy_out(u64 to, const void *from, u64 size)
     return user_range(to, size) ? guarded_copy((void *)to, from, size) : -EFAULT;
 }
 
+static inline u64 load(u64 hva, u32 size, bool write)
+{
+    if (write)
+        touch(hva, true);
+    return size == 8 ? *(volatile u64 *)hva : *(volatile u32 *)hva;
+}
+
 /* One guarded load of a 4- or 8-byte entry; with write, also prove the page writable. enum ak_host_fault. */
 int ak_host_load(u64 hva, u32 size, bool write, u64 *value)
 {
-    if (sigsetjmp(guard.env, 0)) {
-        guard.armed = 0;
-        return guard.outcome;
-    }
-    guard.armed = 1;
-    __asm__ volatile("" ::: "memory");
-    if (write)
-        __asm__ volatile("lock orb $0, %0" : "+m"(*(volatile u8 *)hva));
-    *value = size == 8 ? *(volatile u64 *)hva : *(volatile u32 *)hva;
-    __asm__ volatile("" ::: "memory");
-    guard.armed = 0;
+    UNDER_GUARD(*value = load(hva, size, write), return guard.outcome);
     return AK_HOST_OK;
+}
+
+static inline bool replace(u64 hva, u32 size, u64 old, u64 new)
+{
+    return size == 8 ? __sync_bool_compare_and_swap((u64 *)hva, old, new)
+                     : __sync_bool_compare_and_swap((u32 *)hva, (u32)old, (u32)new);
 }
 
 /* Replace an entry if it is still old. 0, 1 if it changed, or (negated) enum ak_host_fault. */
 int ak_host_cmpxchg(u64 hva, u32 size, u64 old, u64 new)
 {
     bool same;
-    if (sigsetjmp(guard.env, 0)) {
-        guard.armed = 0;
-        return -(int)guard.outcome;
-    }
-    guard.armed = 1;
-    __asm__ volatile("" ::: "memory");
-    if (size == 8)
-        same = __sync_bool_compare_and_swap((u64 *)hva, old, new);
-    else
-        same = __sync_bool_compare_and_swap((u32 *)hva, (u32)old, (u32)new);
-    __asm__ volatile("" ::: "memory");
-    guard.armed = 0;
+    UNDER_GUARD(same = replace(hva, size, old, new), return -(int)guard.outcome);
     return same ? 0 : 1;
+}
+
+static inline u64 merge(u64 hva, u64 mask, u64 value)
+{
+    u64 old = *(volatile u64 *)hva;
+    while (!__atomic_compare_exchange_n((u64 *)hva, &old, (old & ~mask) | (value & mask), false, __ATOMIC_SEQ_CST,
+                                        __ATOMIC_SEQ_CST))
+        ;
+    return old;
+}
+
+/* Replace the bytes of `bytes` in the 8 aligned ones at hva, in one step; *before: as they were. enum ak_host_fault */
+int ak_host_merge(u64 hva, u64 bytes, u64 value, u64 *before)
+{
+    UNDER_GUARD(*before = merge(hva, bytes, value), return guard.outcome);
+    return AK_HOST_OK;
+}
+
+static inline void unmerge(u64 hva, u64 mask, u64 value, u64 before)
+{
+    u64 old = *(volatile u64 *)hva;
+    while (!((old ^ value) & mask) &&
+           !__atomic_compare_exchange_n((u64 *)hva, &old, (old & ~mask) | (before & mask), false, __ATOMIC_SEQ_CST,
+                                        __ATOMIC_SEQ_CST))
+        ;
+}
+
+/* Undo it. What others have written since, or a page that is gone, stays as it is. */
+void ak_host_unmerge(u64 hva, u64 bytes, u64 value, u64 before)
+{
+    UNDER_GUARD(unmerge(hva, bytes, value, before), return);
 }

@@ -26,12 +26,96 @@
 static const u64 everything = ~(BIT(SIGSEGV) | BIT(SIGBUS) | BIT(SIGILL) | BIT(SIGFPE) | BIT(SIGTRAP));
 
 /* rt_sigprocmask() itself: twice in each KVM_RUN, and glibc's wrapper costs as much as a third of it. */
+static void change_mask(int how, const u64 *set, u64 *old)
+{
+    syscall(SYS_rt_sigprocmask, how, set, old, KERNEL_SIGSET);
+}
+
 static void set_mask(const u64 *set, u64 *old)
 {
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, set, old, KERNEL_SIGSET);
+    change_mask(SIG_SETMASK, set, old);
 }
 
 static __thread pid_t this_thread;
+
+/* -- signals of faults that somebody sent ----------------------------------------------------------------------------
+ *
+ * Faults must find their signals open, else the kernel ends the process. A thread that has them blocked may have one
+ * pending (SIGBUS of a poisoned page, to be taken by sigwait()): it must not be delivered because we open them. It is
+ * taken out before, and sent again when the thread's own mask is back. So is one that is sent while KVM_RUN lasts. */
+
+static __thread struct {
+    bool running;    /* KVM_RUN: they are open */
+    u64 signals;     /* taken out: bits, and what came with them */
+    siginfo_t *info;
+} held __attribute__((tls_model("initial-exec"))); /* no allocation in a handler */
+
+static siginfo_t *held_info(int signo)
+{
+    return &held.info[__builtin_popcountll(~everything & (BIT(signo) - 1))];
+}
+
+/* In the handler: somebody sent this signal of a fault to a thread in KVM_RUN. False: it is not in KVM_RUN. */
+bool ak_hold_signal(const siginfo_t *info)
+{
+    if (!held.running)
+        return false;
+    if (!(held.signals & BIT(info->si_signo))) /* more of the same are one */
+        *held_info(info->si_signo) = *info;
+    held.signals |= BIT(info->si_signo);
+    if (ak_current)
+        ak_kick(ak_current);
+    return true;
+}
+
+/* The pending ones of `blocked`, which are blocked. */
+static void hold_pending(u64 blocked)
+{
+    const struct timespec now = {0};
+    siginfo_t info;
+    long signo;
+    while ((signo = syscall(SYS_rt_sigtimedwait, &blocked, &info, &now, KERNEL_SIGSET)) > 0) {
+        *held_info((int)signo) = info;
+        held.signals |= BIT(signo);
+    }
+}
+
+static void release_held(void)
+{
+    u64 signals = held.signals;
+    held.signals = 0;
+    for (; signals; signals &= signals - 1) {
+        int signo = __builtin_ctzll(signals) + 1;
+        syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), signo, held_info(signo));
+    }
+}
+
+/* Before an access that may fault, outside KVM_RUN; `info` is room until ak_faults_close(), which wants the result: 0, or
+ * the thread's mask. */
+u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS])
+{
+    u64 mask, opened;
+    if (held.running)
+        return 0;
+    change_mask(SIG_BLOCK, NULL, &mask);
+    if (!(mask & (BIT(SIGSEGV) | BIT(SIGBUS))))
+        return 0;
+    held.info = info;
+    hold_pending(mask & (BIT(SIGSEGV) | BIT(SIGBUS)));
+    opened = mask & ~(BIT(SIGSEGV) | BIT(SIGBUS));
+    set_mask(&opened, NULL);
+    return mask;
+}
+
+void ak_faults_close(u64 mask)
+{
+    if (!mask)
+        return;
+    set_mask(&mask, NULL);
+    release_held();
+}
+
+/* -- KVM_RUN's mask -------------------------------------------------------------------------------------------------- */
 
 /* kvm_sigset_activate(): the caller's own mask unless KVM_SET_SIGNAL_MASK gave one. */
 void ak_signals_enter(struct ak_vcpu *v)
@@ -39,7 +123,13 @@ void ak_signals_enter(struct ak_vcpu *v)
     if (__builtin_expect(!this_thread, 0))
         this_thread = gettid();
     v->tid = this_thread;
-    set_mask(&everything, &v->outer_mask);
+    held.info = v->held_info;
+    change_mask(SIG_BLOCK, &everything, &v->outer_mask);
+    if (__builtin_expect(v->outer_mask & ~everything, 0)) {
+        hold_pending(v->outer_mask & ~everything);
+        set_mask(&everything, NULL);
+    }
+    held.running = true;
     v->active_mask = v->has_sigmask ? v->sigmask : v->outer_mask;
 }
 
@@ -53,7 +143,10 @@ static void send_sigbus(u64 hva)
 
 void ak_signals_leave(struct ak_vcpu *v)
 {
+    held.running = false;
     set_mask(&v->outer_mask, NULL);
+    if (__builtin_expect(held.signals != 0, 0))
+        release_held();
     if (v->sigbus_hva) {
         send_sigbus(v->sigbus_hva); /* now that the caller's mask decides, as in the kernel */
         v->sigbus_hva = 0;
@@ -85,7 +178,7 @@ bool ak_signal_pending(struct ak_vcpu *v)
 {
     u64 pending = 0;
     syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
-    return deliverable(v, pending) || ak_python_interrupted(v);
+    return deliverable(v, pending | held.signals) || ak_python_interrupted(v);
 }
 
 /* kvm_send_hwpoison_signal(): the vCPU's thread gets SIGBUS with the page's host address. True: it is deliverable, and
