@@ -239,6 +239,63 @@ REGRESSIONS: Final[dict[str, tuple[str, list[Step]]]] = {
             SHOW_REGS,
         ],
     ),
+    "rep_completion_goes_on": (
+        "The completion of a device read goes on with the next items of a REP, and with the port of OUTS.",
+        [
+            guest("string", "rep movsd", FREE + 0x100, DEVICE, rcx=3),
+            run(1),
+            run(4, immediate=True),
+            SHOW_REGS,
+            guest("ports", "rep outsw", rsi=DEVICE, rcx=2),
+            run(1),
+            run(2, immediate=True),
+            guest("ports", "rep outsw", rsi=DEVICE, rcx=2),
+            run(3),
+        ],
+    ),
+    "fault_before_device_read": (
+        "A read over a page boundary whose second page is not mapped faults before the device is read.",
+        [guest("moves", "mov ax, [rdi]", UNMAPPED - 1), run(2)],
+    ),
+    "registers_as_given": (
+        "KVM_SET_REGS and KVM_SET_SREGS keep reserved bits of RFLAGS, and CR0.ET as it is given.",
+        [state("regs", rflags=0xFFFFFFFF), state("regs", rflags=0x8), state("sregs", cr0=0x80000001)],
+    ),
+    "microcode_revision": (
+        "What MSR_IA32_UCODE_REV is in a new vCPU of AMD's.",
+        [msr((0x12345678, 0), (0x8B, 5))],
+    ),
+    "sregs_after_cpuid": (
+        "Without CPUID there is no EFER.LME to set.",
+        [step("set_cpuid", count=0, entry=0, field="eax", flip=0), state("sregs", cr2=5), state("sregs2", cr2=5)],
+    ),
+    "triple_fault_event": (
+        "KVM_VCPUEVENT_VALID_TRIPLE_FAULT without its capability is found last: what else there is has been set.",
+        [state("events", flags=0x20, nmi__injected=1)],
+    ),
+    "nmi_behind_exception": (
+        "An NMI that waits is delivered at the first instruction of an injected exception's handler.",
+        [
+            guest("system", "cli; nop"),
+            step("nmi"),
+            state("events", exception__injected=1, exception__nr=13, exception__has_error_code=1),
+            run(2),
+            SHOW_REGS,
+        ],
+    ),
+    "failed_iret_unblocks_nmis": (
+        "SVM's KVM takes an IRET that faults for one.",
+        [
+            state("events", nmi__masked=1),
+            guest("memory_only", "mov rsp, rdi; iretq", FREE + 0x100),
+            run(2),
+            SHOW_EVENTS,
+        ],
+    ),
+    "cr8_over_init": (
+        "A triple fault's INIT leaves CR8.",
+        [run(1, cr8=5), step("registers", changes=[["rsp", UNMAPPED]]), step("nmi"), run(1, cr8=5)],
+    ),
     "nmi_blocked_over_init": (
         "NMIs stay blocked when a triple fault has reset the vCPU.",
         [

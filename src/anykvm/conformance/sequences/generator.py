@@ -115,7 +115,7 @@ LEFT_OUT: Final = {
     "CMPS with a device": "KVM reads RSI's first, the engine RDI's",
     "SCAS with a device": "KVM writes the flags back when it ends, the engine after each item",
     "PUSHA and far pointers with a device, 16 bytes over a page": "KVM accesses a device in other portions",
-    "code that changes the block it is in": "the engine sees it when the block ends",
+    "code that changes itself": "not tried yet",
     "the upper halves of registers in 32-bit code": "the engine takes them for 0",
     "CMPXCHG16B, SGDT, SIDT, LGDT, LIDT, SLDT, STR with a device": "KVM reads first, and other sizes",
     "a jump, by a device's answer, to an address that is not canonical": "KVM's emulator refuses, a processor jumps",

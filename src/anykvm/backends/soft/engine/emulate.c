@@ -149,10 +149,10 @@ bool ak_emulate_boundary(struct ak_vcpu *v)
         return true;
     }
     stop_emulating(v);
+    if ((v->stopping || v->nfragments) && v->env->eip == v->emulate_rip) /* a REP that goes on; x86_emulate_insn() */
+        v->env->eflags |= RFLAGS_RF;
     if (v->nfragments) {
         v->fragment = 0;
-        if (v->env->eip == v->emulate_rip) /* a REP that goes on; x86_emulate_insn() */
-            v->env->eflags |= RFLAGS_RF;
         v->exit.kind = AK_EXIT_MMIO;
         v->cpu->exit_request = 1;
     }
