@@ -201,3 +201,23 @@ def test_a_slot_that_comes_between_a_locked_read_and_its_write(machine: Machine,
         assert regs.rbx == (5 if "%rbx" in access and "cmpxchg" not in access else 9)
         assert regs.rax == (5 if "cmpxchg" in access else 1)
         machine.vm.unmap(slot)
+
+
+@pytest.mark.parametrize("register", ["al", "ax", "eax", "rax"])
+def test_exchange_is_atomic(machine: Machine, register: str) -> None:
+    """Three values, two vCPUs and one place in memory: none gets lost, none is there twice. The engine's own XCHG is a
+    load and a store."""
+    machine.long_mode(
+        f"""lock incl (0x60200); 1: cmpl $2, (0x60200); jne 1b
+        mov $1000000, %ecx
+        2: xchg %{register}, (0x60100); dec %ecx; jnz 2b
+        hlt"""
+    )
+    machine.set_regs(rax=1)
+    other = second(machine, CODE)
+    regs = other.get_regs()
+    regs.rax = 2
+    other.set_regs(regs)
+    machine.memory.write(0x60100, b"\3")
+    together(lambda: halts(machine.vcpu), lambda: halts(other))
+    assert {machine.vcpu.get_regs().rax, other.get_regs().rax, machine.memory.read(0x60100, 1)[0]} == {1, 2, 3}

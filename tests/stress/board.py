@@ -88,7 +88,7 @@ NOTE_CHECKED: Final = 0x20
 NOTE_WRITTEN: Final = 0x28
 NOTE_BEGAN: Final = 0x30
 """The page's state when the round began; the vCPU's thread brings NOTE_STATE up to date."""
-NOTE_TALLY: Final = 0x100  # increments done: of each page 4 counters
+NOTE_TALLY: Final = 0x100  # increments done: of each page 8 counters
 NOTE_SCRATCH: Final = 0x800
 NOTE_STACK: Final = 0x2000
 

@@ -300,14 +300,22 @@ _OPERATIONS = {
         call judge""",
 }
 
-COUNTERS = {"count": 0x200, "count_own": 0x240, "count_over_line": 0x2BC, "count_over_page": 0xFFC}
+COUNTERS = {
+    "count": 0x200,
+    "count_own": 0x240,
+    "count_over_line": 0x2BC,
+    "count_over_page": 0xFFC,
+    "count_locked": 0x308,
+}
 """Where a page's counters are (``count_own``: 8 bytes a writer); their tallies are in this order."""
+_SPINLOCK = 0x300
+"""Who exchanges 1 for 0 may increment the last of them."""
 
 
 def _count(kind: int, lock: str, at: str) -> str:
-    return f"""mov %ebp, %ecx; and $15, %ecx
-        shl $5, %ecx
-        {lock} incq {at}
+    return f"""{lock} incq {at}
+        mov %ebp, %ecx; and $15, %ecx
+        shl $6, %ecx
         incq {b.NOTE_TALLY + 8 * kind}(%r15, %rcx)"""
 
 
@@ -317,6 +325,11 @@ _OPERATIONS |= {
     "count_over_line": _count(2, "lock", f"{COUNTERS['count_over_line']}(%rdi)"),
     "count_over_page": "mov %ebp, %ecx; and $15, %ecx; cmp $15, %ecx; je again;"
     + _count(3, "lock", f"{COUNTERS['count_over_page']}(%rdi)"),
+    "count_locked": f"""mov $1, %eax
+    1:  xchg %eax, {_SPINLOCK}(%rdi)
+        test %eax, %eax; jnz 1b
+        {_count(4, "", f"{COUNTERS['count_locked']}(%rdi)")}
+        movl $0, {_SPINLOCK}(%rdi)""",
 }
 
 #: In the pages: mov $number, %eax; ret, with the number where the VMM's channel is.

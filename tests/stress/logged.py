@@ -25,11 +25,10 @@ class Logged(Area):
     """One slot, or two over the same memory, each with a log of its own. A copy of it is kept from harvests alone."""
 
     operations = {
-        **{name: often for name, often in ACCESSES.items() if "across" not in name},
-        "count": 1,
-        "count_own": 1,
-        "count_over_line": 1,
-        "count_over_page": 1,
+        **{name: 1 for name in ACCESSES if "across" not in name},
+        "read_aligned": 2,
+        "write_aligned": 2,
+        **dict.fromkeys(COUNTERS, 1),
     }
     weight = 4
 
@@ -127,8 +126,8 @@ class Logged(Area):
         for page in range(b.PAGES):
             own = [self.tally(writer, page, 1) for writer in range(1, b.VCPUS + 1)]
             want = {COUNTERS["count_own"] + 8 * writer: own[writer - 1] for writer in range(1, b.VCPUS + 1)}
-            for kind, name in ((0, "count"), (2, "count_over_line"), (3, "count_over_page")):
-                if name != "count_over_page" or page < b.PAGES - 1:
+            for kind, name in enumerate(COUNTERS):
+                if name != "count_own" and (name != "count_over_page" or page < b.PAGES - 1):
                     want[COUNTERS[name]] = sum(self.tally(writer, page, kind) for writer in range(1, b.VCPUS + 1))
             for offset, count in want.items():
                 (is_,) = struct.unpack_from("<Q", data, page * b.PAGE + offset)
@@ -141,4 +140,4 @@ class Logged(Area):
 
     def tally(self, writer: int, page: int, kind: int) -> int:
         """How often a vCPU has incremented a counter."""
-        return self.board.quad(b.NOTES + writer * b.NOTE_SIZE + b.NOTE_TALLY + 32 * page + 8 * kind)
+        return self.board.quad(b.NOTES + writer * b.NOTE_SIZE + b.NOTE_TALLY + 64 * page + 8 * kind)

@@ -37,15 +37,17 @@ class Phases:
         self.choices = choices
         self.random = random.Random(seed)
         self.only: Choice | None = None
+        self.deck: list[Choice | None] = []
         self.condition = threading.Condition()
         self._guests()
 
     def next(self) -> None:
         """Begin another phase."""
         with self.condition:
-            everything = self.only is not None and self.random.random() < 0.5
-            often = [choice.often for choice in self.choices]
-            self.only = None if everything else self.random.choices(self.choices, often)[0]
+            if not self.deck:
+                self.deck = [*self.choices, *[None] * (len(self.choices) // 2)]
+                self.random.shuffle(self.deck)
+            self.only = self.deck.pop()
             self._guests()
             self.condition.notify_all()
 

@@ -13,7 +13,7 @@
  *   pio.c         port I/O and its completion           events.c    exceptions, interrupts, triple fault
  *   control.c     CR, EFER, XCR0, SYSCALL, SYSENTER     msr.c       MSRs        cpuid.c  CPUID, TSC
  *   translate.c   what is decoded differently           state.c     regs, sregs, fpu
- *   loads.c, stores.c   accesses that translated code does not do by itself
+ *   loads.c, stores.c, atomic.c   accesses that translated code does not do by itself
  */
 #pragma once
 #include <signal.h>
