@@ -143,7 +143,10 @@ static int get_pfn(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enum 
             return -g->failures[i].err;
     *hva = g->hva + offset;
     (void)v;
-    int why = ak_host_touch(*hva, access == AK_WRITE, NULL);
+    int why;
+    do /* the file's own page: nobody else provides it, so no signal ends this */
+        why = ak_host_touch(*hva, access == AK_WRITE, NULL);
+    while (why == AK_HOST_INTERRUPTED);
     return !why ? 0 : why == AK_HOST_POISONED ? -EHWPOISON : -ENOMEM;
 }
 
