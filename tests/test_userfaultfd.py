@@ -7,15 +7,17 @@ import contextlib
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
 from anykvm import Hlt, Intr, Io, abi
 from anykvm.conformance import uffd
-from anykvm.conformance.host import anonymous
+from anykvm.conformance.host import Host, anonymous
 from anykvm.conformance.uffd import ANSWER, Userfaultfd
 from anykvm.host import libc
 from machine import CODE, DATA, Machine
+from private_guest import SIZE, private_guest
 
 PAGE = 4096
 HIGH = 0x800000
@@ -215,6 +217,25 @@ def test_no_signal_is_lost_and_none_invented(machine: Machine) -> None:
     assert 1 <= seen.count(signal.SIGUSR2) <= sent[signal.SIGUSR2]  # two that wait are one
     assert pages // 4 <= interruptions <= len(seen)
     assert [faults.host.get64(page * PAGE) for page in range(pages)] == [HIGH + page * PAGE for page in range(pages)]
+
+
+def test_a_guest_memfd_that_is_missing(alarms: list[int]) -> None:
+    """A signal while the look-up of a private page sleeps is EINTR, not a failed look-up."""
+    with private_guest() as guest:
+        maps = [
+            line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:guest_memfd " in line
+        ]
+        address = int(maps[-1][0].split("-")[0], 16)
+        faults = Userfaultfd(Host(address, SIZE))
+        guest.load("mov (%rbx), %rax; hlt")
+        guest.private()
+        interrupted(guest)
+        interrupted(guest)
+        assert guest.vcpu.get_regs().rip == CODE
+        faults.copy(0, ANSWER.to_bytes(8, "little").ljust(PAGE, b"\0"))
+        guest.run_to_halt()
+        assert guest.rax() == ANSWER
+        os.close(faults.fd)
 
 
 def test_guest_page_table_that_is_missing(machine: Machine, alarms: list[int]) -> None:

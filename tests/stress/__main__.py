@@ -52,7 +52,7 @@ def main() -> int:
         try:
             with World(seed, rings=kind == "rings") as world:
                 report = world.run(min(left, ROUND), lambda report: show(kind, seed, report))  # noqa: B023
-        except AssertionError as error:
+        except (AssertionError, OSError) as error:
             print(f"\nstress: WRONG in {kind}, seed {seed}: {error}")
             return 1
         show(kind, seed, report)

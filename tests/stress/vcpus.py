@@ -32,7 +32,7 @@ class Runner:
         self.random = random.Random(seed)
         self.exits: Counter[str] = Counter()
         self.last: deque[Exit] = deque(maxlen=8)
-        self.thread = threading.Thread(target=world.guarded, args=(self.run,), name=f"vCPU {writer}")
+        self.thread = threading.Thread(target=world.guarded, args=(self.run,), name=f"vCPU {writer}", daemon=True)
 
     def run(self) -> None:
         """Until the guest halts."""

@@ -224,9 +224,13 @@ class World:
                 progress(self.report(told - started))
 
     def _join(self) -> None:
+        """Kick them meanwhile: after an error, one may wait for another that has been left."""
         until = time.monotonic() + _PATIENCE
         for runner in self.runners:
-            runner.thread.join(max(0.0, until - time.monotonic()))
+            while runner.thread.is_alive() and time.monotonic() < until:
+                assert runner.thread.ident is not None
+                signal.pthread_kill(runner.thread.ident, KICK)
+                runner.thread.join(0.01)
             if runner.thread.is_alive():
                 raise AssertionError(f"vCPU {runner.writer} does not stop; errors so far: {self.failed}")
 

@@ -12,6 +12,7 @@
  *   slots.c       the memslot table                     emulate.c   MMIO: one instruction, replayed
  *   pio.c         port I/O and its completion           events.c    exceptions, interrupts, triple fault
  *   control.c     CR, EFER, XCR0, SYSCALL, SYSENTER     msr.c       MSRs        cpuid.c  CPUID, TSC
+ *   signals.c     KVM_RUN's signal mask, the ticker     operand.c   which memory a host instruction accesses
  *   translate.c   what is decoded differently           state.c     regs, sregs, fpu
  *   loads.c, stores.c, atomic.c   accesses that translated code does not do by itself
  */
@@ -391,6 +392,7 @@ void ak_gmem_enter(struct ak_vcpu *v);
 bool ak_gmem_faultin(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enum ak_access access,
                      struct ak_translation *t);
 int ak_data_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
+bool ak_is_guest_memory(const struct ak_vm *vm, u64 hva);
 u64 ak_gfn_to_hva(struct ak_vcpu *v, u64 gfn);
 int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2]);
 /* Whether an access to this slot (or to none) can be private or a guest_memfd's: nothing else costs anything. */

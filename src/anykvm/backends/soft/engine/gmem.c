@@ -130,7 +130,9 @@ void ak_gmem_enter(struct ak_vcpu *v)
     }
 }
 
-/* kvm_gmem_get_pfn(): 0 with the page's address here, or a negative errno. The size cannot change, so what is wrong
+#define INTERRUPTED 1
+
+/* kvm_gmem_get_pfn(): 0 with the page's address here, a negative errno, or INTERRUPTED by a signal. The size cannot change, so what is wrong
  * with a page of the file can only be that it is poisoned or that there is no memory for it. */
 static int get_pfn(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enum ak_access access, u64 *hva)
 {
@@ -143,10 +145,9 @@ static int get_pfn(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enum 
             return -g->failures[i].err;
     *hva = g->hva + offset;
     (void)v;
-    int why;
-    do /* the file's own page: nobody else provides it, so no signal ends this */
-        why = ak_host_touch(*hva, access == AK_WRITE, NULL);
-    while (why == AK_HOST_INTERRUPTED);
+    int why = ak_host_touch(*hva, access == AK_WRITE, NULL);
+    if (why == AK_HOST_INTERRUPTED)
+        return INTERRUPTED;
     return !why ? 0 : why == AK_HOST_POISONED ? -EHWPOISON : -ENOMEM;
 }
 
@@ -177,6 +178,10 @@ bool ak_gmem_faultin(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enu
     if (!slot || !(slot->flags & AK_MEM_GUEST_MEMFD))
         return memory_fault(t, -EFAULT, is_private);
     int r = get_pfn(v, slot, gfn, access, &t->hva);
+    if (r == INTERRUPTED) {
+        t->pfn = KVM_PFN_ERR_SIGPENDING;
+        return true;
+    }
     if (r)
         return memory_fault(t, r, is_private);
     t->fault_hva = t->hva;
@@ -194,6 +199,18 @@ int ak_data_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_tra
     if (!v->emulate_reached && (pfn != KVM_PFN_OK || v->emulate_gpa == ~0ull))
         return pfn;
     return ak_emulator_pfn(v, gpa, access, t);
+}
+
+/* Whether this host address is of a slot's memory, or of a guest_memfd's. In guest mode. */
+bool ak_is_guest_memory(const struct ak_vm *vm, u64 hva)
+{
+    for (u32 i = 0; i < vm->nslots; i++)
+        if (hva - vm->slots[i]->hva < vm->slots[i]->npages << 12)
+            return true;
+    for (const struct ak_gmem *g = vm->gmems; g; g = g->next)
+        if (hva - g->hva < g->size)
+            return true;
+    return false;
 }
 
 /* Where the processor's own accesses find a guest page that has a slot: the file's page, or the caller's. 0: nowhere. */

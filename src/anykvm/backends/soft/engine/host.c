@@ -20,6 +20,7 @@ struct guard {
 static __thread struct guard guard __attribute__((tls_model("initial-exec"))); /* no allocation in a handler */
 static struct sigaction previous[2];
 
+bool ak_at_guest_access(struct ak_vcpu *v, const ucontext_t *context);
 bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why, ucontext_t *uc);
 
 static enum ak_host_fault classify(int signo, const siginfo_t *si)
@@ -44,7 +45,8 @@ static void pass_on(int signo, siginfo_t *si, void *context)
 }
 
 /* The ticker's word that this thread sleeps in a page fault, at pc, while a signal waits for it (signals.c). By now it
- * may sleep no longer; at pc it has not executed the access, so leaving is as exact as at the fault itself. */
+ * may sleep no longer; at pc it has not executed the access, so leaving is as exact as at the fault itself, if the access
+ * is the guest's. Any other, of the engine's own memory, ends by itself. */
 static void on_poke(u64 pc, ucontext_t *context)
 {
     struct ak_vcpu *v = ak_current;
@@ -56,7 +58,7 @@ static void on_poke(u64 pc, ucontext_t *context)
         guard.outcome = AK_HOST_INTERRUPTED;
         siglongjmp(guard.env, 1);
     }
-    if (v->emulation == AK_NATIVE && (u64)context->uc_mcontext.gregs[REG_RIP] == pc) {
+    if (v->emulation == AK_NATIVE && (u64)context->uc_mcontext.gregs[REG_RIP] == pc && ak_at_guest_access(v, context)) {
         ak_kick(v);
         ak_guest_host_fault(v, pc, AK_HOST_INTERRUPTED, context);
     }
