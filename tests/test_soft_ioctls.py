@@ -285,7 +285,7 @@ def test_feature_msrs(guest: Guest) -> None:
 def test_profiles() -> None:
     assert list(PROFILES) == ["documented", "linux-7.3"]
     for profile in PROFILES.values():
-        assert set(profile.cites) == {"annotate_unresolved", "init_after_shutdown", "purge"}
+        assert set(profile.cites) == {"annotate_unresolved", "init_after_shutdown", "map_writable", "purge"}
     small = Profile("small", annotate_unresolved=False, capabilities={abi.KVM_CAP_NR_MEMSLOTS: 8})
     backend = SoftBackend(small)
     kvm = backend.open()

@@ -34,6 +34,8 @@ class Profile:
     """A guest page fault with a memslot but no usable host page fills ``memory_fault`` (else: a bare EFAULT)."""
     init_after_shutdown: bool = False
     """A triple fault leaves the vCPU reset (else: its registers stay, to be looked at)."""
+    map_writable: bool = False
+    """A page that the guest reads is dirty, the first time, if user space has it writable (else: only by a write)."""
     purge: Purge = Purge.VCPU_RUN
     private_gpa_bit: int | None = None
     """In a KVM_X86_SW_PROTECTED_VM, the bit (40 to 51) of page table entries and CR3 by which the guest itself says
@@ -58,6 +60,7 @@ DOCUMENTED: Final = Profile(
         {
             "annotate_unresolved": "Documentation/virt/kvm/api.rst 8.44: a valid memslot without a VMA is its example",
             "init_after_shutdown": "arch/x86/kvm/vmx/vmx.c:handle_triple_fault(); nothing is documented",
+            "map_writable": "Documentation/virt/kvm/api.rst 4.8: 'any pages dirtied since the last call'",
             "purge": "arch/x86/kvm/x86.c:vcpu_run()",
         }
     ),
@@ -66,10 +69,13 @@ LINUX_7_3: Final = Profile(
     name="linux-7.3",
     annotate_unresolved=False,
     init_after_shutdown=True,
+    map_writable=True,
     cites=MappingProxyType(
         {
             "annotate_unresolved": "arch/x86/kvm/mmu/mmu.c:kvm_handle_error_pfn() of 7.3 ends in a bare -EFAULT",
             "init_after_shutdown": "arch/x86/kvm/svm/svm.c:shutdown_interception(): the VMCB is undefined, so an INIT",
+            "map_writable": "arch/x86/kvm/mmu/spte.c:make_spte(): what is mapped for writing is dirty; "
+            "virt/kvm/kvm_main.c:hva_to_pfn(): a read asks whether it can be",
             "purge": "arch/x86/kvm/x86.c:vcpu_run()",
         }
     ),

@@ -47,8 +47,8 @@ class Vm:
         """Of struct ak_vm."""
         self.profile = profile
         self.type = type
-        if type == c.KVM_X86_SW_PROTECTED_VM and profile.private_gpa_bit is not None:
-            engine.ak_vm_configure(address, 1 << profile.private_gpa_bit)
+        bit = profile.private_gpa_bit if type == c.KVM_X86_SW_PROTECTED_VM else None
+        engine.ak_vm_configure(address, 0 if bit is None else 1 << bit, profile.map_writable)
         self.lock = threading.RLock()
         """kvm->lock and kvm->slots_lock."""
         self.vcpus: dict[int, Vcpu] = {}

@@ -44,7 +44,7 @@ struct ak_vm *ak_vm_create(void)
 void ak_vm_destroy(struct ak_vm *vm)
 {
     for (u32 i = 0; i < vm->nslots; i++)
-        free(vm->slots[i]);
+        ak_slot_free(vm->slots[i]);
     free(vm->slots);
     free(vm->slots_by_id);
     free(vm->poisoned);

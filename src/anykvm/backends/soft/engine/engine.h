@@ -116,6 +116,8 @@ struct ak_slot {
     struct ak_gmem *gmem;     /* KVM_MEM_GUEST_MEMFD; NULL once the file is closed */
     u64 gmem_offset;
     u32 gmem_only;            /* the file can be mapped: shared accesses use it too */
+    u64 *mapped;              /* mapped.c, which owns it; else NULL */
+    u32 any_mapped;
 };
 
 #define AK_FAULT_SIGNALS 5 /* SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP: open in KVM_RUN */
@@ -149,6 +151,7 @@ struct ak_vm {
     struct ak_gmem *gmems;
     u64 private_gpa_mask;     /* the guest says by this bit of an address which access is private; 0: by attribute */
     u64 hypercall_exits;      /* KVM_CAP_EXIT_HYPERCALL: numbers that go to user space */
+    u32 map_writable;         /* profile: a page that is read is mapped for writing if it can be (mapped.c) */
 };
 
 /* A pending exception: kvm_queued_exception, kept over a KVM_RUN that failed while delivering it. */
@@ -345,7 +348,14 @@ void ak_mark_page_dirty(struct ak_vcpu *v, struct ak_slot *slot, u64 gfn);
 void ak_dirty_ring_check(struct ak_vcpu *v, uintptr_t retaddr);
 bool ak_dirty_ring_full(const struct ak_vcpu *v);
 
+/* mapped.c */
+int ak_mapped_alloc(const struct ak_vm *vm, struct ak_slot *slot);
+void ak_map_page(struct ak_vcpu *v, struct ak_slot *slot, u64 gfn, enum ak_access access);
+void ak_unmap_page(struct ak_slot *slot, u64 gfn);
+void ak_zap_all(struct ak_vm *vm);
+
 /* slots.c */
+void ak_slot_free(struct ak_slot *slot);
 struct ak_slot *ak_gfn_to_memslot(struct ak_vm *vm, u64 gfn);
 int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot);
 int ak_slot_remove(struct ak_vm *vm, u64 base_gfn, u32 id);

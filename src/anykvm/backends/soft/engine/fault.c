@@ -18,8 +18,7 @@ static struct ak_slot *slot_of(struct ak_vcpu *v, u64 gpa, enum ak_access access
     return slot;
 }
 
-/* __kvm_faultin_pfn(): no slot, read-only slot, then the host page by the touch get_user_pages() would do; what may be
- * written is dirty. enum ak_pfn. */
+/* __kvm_faultin_pfn(): no slot, read-only slot, then the host page by the touch get_user_pages() would do. enum ak_pfn. */
 static int slot_pfn(struct ak_vcpu *v, struct ak_slot *slot, enum ak_access access, struct ak_translation *t)
 {
     u64 gfn = t->gpa >> 12;
@@ -28,27 +27,32 @@ static int slot_pfn(struct ak_vcpu *v, struct ak_slot *slot, enum ak_access acce
     if (access == AK_WRITE && (slot->flags & KVM_MEM_READONLY))
         return t->pfn = KVM_PFN_ERR_RO_FAULT;
     t->hva = t->fault_hva = slot->hva + ((gfn - slot->base_gfn) << 12);
-    t->pfn = ak_hva_to_pfn(v, t->hva, access, &t->host_fault);
-    if (t->pfn == KVM_PFN_OK && access == AK_WRITE)
-        ak_mark_page_dirty(v, slot, gfn);
-    return t->pfn;
+    return t->pfn = ak_hva_to_pfn(v, t->hva, access, &t->host_fault);
 }
 
-/* kvm_mmu_faultin_pfn(): privacy and guest_memfd, then the slot's page. enum ak_pfn. */
+/* kvm_mmu_faultin_pfn(): privacy and guest_memfd, then the slot's page, which is mapped. enum ak_pfn. */
 int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)
 {
     struct ak_slot *slot = slot_of(v, gpa, access, t);
     t->not_shared = 0;
     if (ak_may_be_private(v->vm, slot) && ak_gmem_faultin(v, slot, gpa >> 12, access, t))
         return t->pfn;
-    return slot_pfn(v, slot, access, t);
+    slot_pfn(v, slot, access, t);
+    if (t->pfn == KVM_PFN_OK)
+        ak_map_page(v, slot, gpa >> 12, access);
+    else if (slot && t->pfn != KVM_PFN_ERR_RO_FAULT)
+        ak_unmap_page(slot, gpa >> 12);
+    return t->pfn;
 }
 
 /* An access of KVM's emulator, kvm_vcpu_read_guest() and kvm_vcpu_write_guest(): by the slot's userspace_addr, whatever
  * is private. enum ak_pfn. */
 int ak_emulator_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t)
 {
-    return slot_pfn(v, slot_of(v, gpa, access, t), access, t);
+    struct ak_slot *slot = slot_of(v, gpa, access, t);
+    if (slot_pfn(v, slot, access, t) == KVM_PFN_OK && access == AK_WRITE)
+        ak_mark_page_dirty(v, slot, gpa >> 12);
+    return t->pfn;
 }
 
 static void __attribute__((noreturn)) fault_exit(struct ak_vcpu *v, struct ak_translation *t, uintptr_t retaddr)

@@ -246,7 +246,7 @@ static int pre_fault_error(struct ak_vcpu *v, const struct ak_translation *t)
 
 /* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): range is the request's gpa and size, moved past what was done. 0
  * if anything was done, else the negative errno of the first page. A page that fails on the way with an annotation
- * leaves it in kvm_run, also when the result is 0. It reads, and follows the attributes; no page is made dirty. */
+ * leaves it in kvm_run, also when the result is 0. It reads, and follows the attributes. */
 int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2])
 {
     int r = 0;

@@ -39,10 +39,12 @@ void ak_vm_set_tsc_khz(struct ak_vm *vm, u64 khz)
     vm->tsc_khz = khz;
 }
 
-/* What a new VM has from its type: the bit of guest addresses by which the guest says what is private, or 0. */
-void ak_vm_configure(struct ak_vm *vm, u64 private_gpa_mask)
+/* What a new VM has from its type, the bit of guest addresses by which the guest says what is private, or 0; and from its
+ * profile. */
+void ak_vm_configure(struct ak_vm *vm, u64 private_gpa_mask, u32 map_writable)
 {
     vm->private_gpa_mask = private_gpa_mask;
+    vm->map_writable = map_writable;
 }
 
 /* KVM_ENABLE_CAP(KVM_CAP_EXIT_HYPERCALL): a bit for each hypercall that user space answers. */

@@ -53,7 +53,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_reset_dirty_rings": (_int, (_address,)),
     "ak_poison": (_int, (_address, _u64, ctypes.c_bool)),
     "ak_mm_generation": (_u32, ()),
-    "ak_vm_configure": (None, (_address, _u64)),
+    "ak_vm_configure": (None, (_address, _u64, _u32)),
     "ak_vm_set_hypercall_exits": (None, (_address, _u64)),
     # private memory
     "ak_set_memory_attributes": (_int, (_address, _u64, _u64, ctypes.c_bool)),

@@ -72,7 +72,7 @@ static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation
     }
     if (!why) {
         if (!w->read_only)
-            ak_mark_page_dirty(w->v, slot, gpa >> 12);
+            ak_map_page(w->v, slot, gpa >> 12, AK_WRITE);
         return AK_WALK_OK;
     }
     if (!hardware)

@@ -38,6 +38,12 @@ static int room_for_id(struct ak_vm *vm, u32 id)
     return 0;
 }
 
+void ak_slot_free(struct ak_slot *slot)
+{
+    free(slot->mapped);
+    free(slot);
+}
+
 int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot)
 {
     if (vm->nslots == vm->slots_room) {
@@ -54,6 +60,10 @@ int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot)
     if (!copy)
         return -ENOMEM;
     *copy = *slot;
+    if (ak_mapped_alloc(vm, copy)) {
+        free(copy);
+        return -ENOMEM;
+    }
     u32 at = position(vm, slot->base_gfn);
     memmove(vm->slots + at + 1, vm->slots + at, (vm->nslots - at) * sizeof *vm->slots);
     vm->slots[at] = copy;
@@ -79,7 +89,8 @@ int ak_slot_remove(struct ak_vm *vm, u64 base_gfn, u32 id)
     memmove(vm->slots + at, vm->slots + at + 1, (vm->nslots - at - 1) * sizeof *vm->slots);
     vm->nslots--;
     vm->slots_by_id[id] = NULL;
-    free(slot);
+    ak_slot_free(slot);
+    ak_zap_all(vm);
     return 0;
 }
 
