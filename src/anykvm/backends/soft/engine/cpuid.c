@@ -96,7 +96,7 @@ void helper_rdpmc_x86_64(struct CPUX86State *env)
     ak_raise(ak_current, EXCP_GP, 0, GETPC()); /* no PMU */
 }
 
-/* KVM_SET_CPUID2: take over a table. 0 or -ENOMEM. */
+/* Take over a table. 0 or -ENOMEM. */
 int ak_cpuid_load(struct ak_vcpu *v, const struct kvm_cpuid_entry2 *entries, u32 n)
 {
     struct kvm_cpuid_entry2 *copy = malloc((n ? n : 1) * sizeof *copy);
@@ -106,5 +106,49 @@ int ak_cpuid_load(struct ak_vcpu *v, const struct kvm_cpuid_entry2 *entries, u32
     free(v->cpuid);
     v->cpuid = copy;
     v->ncpuid = n;
+    return 0;
+}
+
+/* The bits that follow other state are not the table's (kvm_update_cpuid_runtime()): OSXSAVE, APIC. */
+static bool same_entry(const struct kvm_cpuid_entry2 *a, const struct kvm_cpuid_entry2 *b)
+{
+    bool first = a->function == 1;
+    u32 ecx = first ? 1u << 27 : 0, edx = first ? 1u << 9 : 0;
+    return a->function == b->function && a->index == b->index && a->flags == b->flags && a->eax == b->eax &&
+           a->ebx == b->ebx && !((a->ecx ^ b->ecx) & ~ecx) && !((a->edx ^ b->edx) & ~edx);
+}
+
+/* kvm_set_cpuid(): the same table again is fine at any time, another one only before the vCPU has run. */
+int ak_set_cpuid(struct ak_vcpu *v, const struct kvm_cpuid2 *c)
+{
+    if (v->ran) {
+        if (c->nent != v->ncpuid)
+            return -EINVAL;
+        for (u32 i = 0; i < c->nent; i++)
+            if (!same_entry(&c->entries[i], &v->cpuid[i]))
+                return -EINVAL;
+        return 0;
+    }
+    for (u32 i = 0; i < c->nent; i++) { /* kvm_check_cpuid(): only canonical addresses of 48 or 57 bits exist */
+        u32 bits = c->entries[i].eax >> 8 & 0xff;
+        if (c->entries[i].function == 0x80000008 && bits && bits != 48 && bits != 57)
+            return -EINVAL;
+    }
+    return ak_cpuid_load(v, c->entries, c->nent);
+}
+
+int ak_get_cpuid(struct ak_vcpu *v, struct kvm_cpuid2 *c)
+{
+    if (c->nent < v->ncpuid)
+        return -E2BIG;
+    c->nent = v->ncpuid;
+    for (u32 i = 0; i < v->ncpuid; i++) {
+        struct kvm_cpuid_entry2 *e = &c->entries[i];
+        u32 now[4];
+        *e = v->cpuid[i];
+        ak_cpuid(v, e->function, e->index, now);
+        if (e->function == 1)
+            e->ecx = now[2], e->edx = now[3];
+    }
     return 0;
 }

@@ -12,108 +12,12 @@ u32 ak_alone_cflags(const struct ak_vcpu *v)
     return 1 | (v->emulate_alone ? CF_ALONE : 0);
 }
 
-struct prefixes {
-    bool opsize, repeat, rex_w; /* 66; F2 or F3; REX.W */
-};
-
-/* twobyte_table of arch/x86/kvm/emulate.c, for operands in memory: the opcode behind 0F and what follows it. Its FXSAVE
- * and FXRSTOR take memory only, not device memory. */
-static bool kvm_emulates_0f(u8 op, u8 next, const struct prefixes *p)
-{
-    u32 group = (next >> 3) & 7;
-    switch (op) {
-    case 0x00: case 0x01: case 0x05: case 0x06: case 0x08: case 0x09: case 0x0d: case 0x6f: case 0x7f:
-    case 0x18 ... 0x1f: case 0x20 ... 0x23: case 0x30 ... 0x35: case 0x40 ... 0x4f: case 0x80 ... 0x9f:
-    case 0xa0 ... 0xa5: case 0xa8 ... 0xad: case 0xaf: case 0xb0 ... 0xb7: case 0xbb ... 0xbf: case 0xc0: case 0xc1:
-    case 0xc3: case 0xc8 ... 0xcf:
-        return true;
-    case 0x10: case 0x11: case 0x28: case 0x29: case 0x2b:
-        return !p->repeat;
-    case 0x38: /* MOVBE, MOVNTDQA */
-        return next == 0x2a ? p->opsize : (next & 0xfe) == 0xf0 && !p->repeat;
-    case 0xae: /* CLFLUSH, CLFLUSHOPT */
-        return group == 7 && !p->repeat;
-    case 0xba:
-        return group >= 4;
-    case 0xc7: /* CMPXCHG8B, not CMPXCHG16B */
-        return group == 1 && !p->rex_w;
-    case 0xe7:
-        return p->opsize && !p->repeat;
-    default:
-        return false;
-    }
-}
-
-/* Whether KVM's emulator has this instruction, as an access to device memory: its tables lack x87 and SSE arithmetic.
- * Source: opcode_table of arch/x86/kvm/emulate.c. */
-static bool kvm_emulates(const struct ak_vcpu *v, const u8 *code, u32 size)
-{
-    bool mode64 = v->env->hflags & HF_CS64_MASK;
-    struct prefixes p = {0};
-    u32 n = 0;
-    for (; n < size; n++) {
-        u8 b = code[n];
-        if (b == 0x66)
-            p.opsize = true;
-        else if (b == 0xf2 || b == 0xf3)
-            p.repeat = true;
-        else if (mode64 && (b & 0xf0) == 0x40)
-            p.rex_w = b & 8;
-        else if (!(b == 0x26 || b == 0x2e || b == 0x36 || b == 0x3e || b == 0x64 || b == 0x65 || b == 0x67 || b == 0xf0))
-            break;
-    }
-    if (n == size)
-        return true; /* not enough seen to say no */
-    u8 op = code[n], second = n + 1 < size ? code[n + 1] : 0, group = (second >> 3) & 7;
-    if (op == 0xcf) /* em_iret(): real mode only */
-        return !(v->env->cr[0] & CR0_PE);
-    if (op == 0x62 && (mode64 || second < 0xc0)) /* BOUND */
-        return false;
-    if (n + 2 > size)
-        return true;
-    if (op >= 0xd8 && op <= 0xdf) /* FNSTCW and FNSTSW are there */
-        return (op == 0xd9 || op == 0xdd) && group == 7;
-    return op != 0x0f || n + 3 > size || kvm_emulates_0f(second, code[n + 2], &p);
-}
-
-/* Bytes of the page at a linear address, without side effects and without a fault. Returns how many, at most `most`. */
-static u32 peek(struct ak_vcpu *v, u64 va, u8 *bytes, u32 most)
-{
-    u64 gpa;
-    u32 room = (u32)(AK_PAGE_SIZE - (va & ~AK_PAGE_MASK)), writable, user;
-    room = room < most ? room : most;
-    u64 hva = ak_translate(v, va, &gpa, &writable, &user) ? 0 : ak_gfn_to_hva(v, gpa >> 12);
-    if (!hva || ak_copy_in(bytes, hva | (gpa & ~AK_PAGE_MASK), room))
-        return 0;
-    return room;
-}
-
-static u64 linear_rip(const struct ak_vcpu *v)
-{
-    u64 va = v->env->segs[R_CS].base + v->env->eip;
-    return v->env->hflags & HF_CS64_MASK ? va : (u32)va;
-}
-
-/* The instruction at RIP as KVM's emulator fetches it: 15 bytes, or to the end of the page. Returns how many. */
-u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15])
-{
-    return peek(v, linear_rip(v), bytes, 15);
-}
-
-/* The same over the end of the page: 15 bytes, or as many as can be read. What cannot be read is no instruction. */
-u32 ak_peek_instruction(struct ak_vcpu *v, u8 bytes[15])
-{
-    u32 n = peek(v, linear_rip(v), bytes, 15);
-    return n && n < 15 ? n + peek(v, linear_rip(v) + n, bytes + n, 15 - n) : n;
-}
-
 /* Start: forget this instruction's effects so far (none is visible yet) and run it as a block of its own. */
 void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr)
 {
-    u8 bytes[15];
     v->translating = 0;
     cpu_restore_state_x86_64(v->cpu, retaddr, true);
-    if (!kvm_emulates(v, bytes, ak_instruction_bytes(v, bytes)))
+    if (!ak_kvm_emulates(v))
         ak_emulate_failed(v, 0);
     v->emulation = AK_ARMED;
     v->emulate_reached = 0;

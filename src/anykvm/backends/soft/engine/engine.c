@@ -2,10 +2,8 @@
  * clears a stop that came just before it, and runs hooks nobody has. */
 #define _GNU_SOURCE
 #include "engine_internal.h"
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unicorn/unicorn.h>
 
 #define TCG_BUFFER (32u << 20)
@@ -24,34 +22,6 @@ static u64 device_stub_read(uc_engine *uc, u64 offset, unsigned size, void *user
 static void device_stub_write(uc_engine *uc, u64 offset, unsigned size, u64 value, void *user)
 {
     (void)uc, (void)offset, (void)size, (void)value, (void)user;
-}
-
-struct ak_vm *ak_vm_create(void)
-{
-    struct ak_vm *vm = calloc(1, sizeof *vm);
-    struct timespec t;
-    if (!vm)
-        return NULL;
-    pthread_mutex_init(&vm->lock, NULL);
-    pthread_cond_init(&vm->changed, NULL);
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    vm->tsc_boot_ns = (u64)t.tv_sec * 1000000000ull + (u64)t.tv_nsec;
-    vm->mm = ak_mm_generation();
-    vm->tsc_khz = 1000000; /* 1 GHz: one tick a nanosecond */
-    return vm;
-}
-
-void ak_vm_destroy(struct ak_vm *vm)
-{
-    for (u32 i = 0; i < vm->nslots; i++)
-        ak_slot_free(vm->slots[i]);
-    free(vm->slots);
-    free(vm->slots_by_id);
-    free(vm->poisoned);
-    free(vm->private_ranges);
-    pthread_mutex_destroy(&vm->lock);
-    pthread_cond_destroy(&vm->changed);
-    free(vm);
 }
 
 static bool open_engine(struct ak_vcpu *v)
@@ -260,70 +230,6 @@ void ak_kick(struct ak_vcpu *v)
 void ak_flush_tlb(struct ak_vcpu *v)
 {
     tlb_flush_x86_64(v->cpu);
-}
-
-/* -- guest mode: updates to what a TLB fill reads wait until no vCPU is in it ---------------------------------------- */
-
-/* What an update asked for (ak_vm_resume()), before guest code runs again. */
-void ak_flush_pending(struct ak_vcpu *v)
-{
-    if (v->tlb_flush_pending) {
-        v->tlb_flush_pending = NULL;
-        tlb_flush_x86_64(v->cpu);
-    }
-}
-
-bool ak_guest_enter(struct ak_vcpu *v)
-{
-    struct ak_vm *vm = v->vm;
-    __atomic_add_fetch(&vm->in_guest, 1, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&vm->paused, __ATOMIC_SEQ_CST)) {
-        ak_guest_exit(v);
-        pthread_mutex_lock(&vm->lock);
-        while (vm->paused)
-            pthread_cond_wait(&vm->changed, &vm->lock);
-        pthread_mutex_unlock(&vm->lock);
-        __atomic_add_fetch(&vm->in_guest, 1, __ATOMIC_SEQ_CST);
-    }
-    ak_flush_pending(v);
-    if (__builtin_expect(vm->gmems != NULL, 0))
-        ak_gmem_enter(v);
-    return true;
-}
-
-void ak_guest_exit(struct ak_vcpu *v)
-{
-    struct ak_vm *vm = v->vm;
-    __atomic_sub_fetch(&vm->in_guest, 1, __ATOMIC_SEQ_CST);
-    if (__atomic_load_n(&vm->paused, __ATOMIC_SEQ_CST)) {
-        pthread_mutex_lock(&vm->lock);
-        pthread_cond_broadcast(&vm->changed);
-        pthread_mutex_unlock(&vm->lock);
-    }
-}
-
-void ak_vm_pause(struct ak_vm *vm)
-{
-    pthread_mutex_lock(&vm->lock);
-    while (vm->paused) /* one updater at a time */
-        pthread_cond_wait(&vm->changed, &vm->lock);
-    __atomic_store_n(&vm->paused, 1, __ATOMIC_SEQ_CST);
-    for (struct ak_vcpu *v = vm->vcpus; v; v = v->next)
-        ak_kick(v);
-    while (__atomic_load_n(&vm->in_guest, __ATOMIC_SEQ_CST))
-        pthread_cond_wait(&vm->changed, &vm->lock);
-    pthread_mutex_unlock(&vm->lock);
-}
-
-void ak_vm_resume(struct ak_vm *vm, bool flush)
-{
-    pthread_mutex_lock(&vm->lock);
-    if (flush)
-        for (struct ak_vcpu *v = vm->vcpus; v; v = v->next)
-            v->tlb_flush_pending = v;
-    __atomic_store_n(&vm->paused, 0, __ATOMIC_SEQ_CST);
-    pthread_cond_broadcast(&vm->changed);
-    pthread_mutex_unlock(&vm->lock);
 }
 
 /* Where the contract's fields are, for its ctypes mirror (native.py). */

@@ -2,17 +2,19 @@
  *
  * The adapter is C because Unicorn's internal functions must be replaced (stock faults: stores executed twice, lost
  * stops, no SYSCALL, ...) and because a TLB fill must not enter Python. One subject per file:
- *   engine.c      create, enter, kick, self-test        mmu.c       guest page tables (first stage)
+ *   vm.c          life, slots' updates, guest mode      slots.c     the memslot table
+ *   engine.c      vCPUs: create, enter, kick            mmu.c       guest page tables (first stage)
  *   fault.c       second stage, TLB fill                hva.c       host pages, asked as KVM asks
- *   dirty.c       dirty tracking                        host.c      guarded access, SIGSEGV/SIGBUS
+ *   dirty.c       dirty tracking                        mapped.c    what a first read dirties
+ *   host.c        guarded access, SIGSEGV/SIGBUS        operand.c   which memory a host instruction accesses
  *   attributes.c  which guest frames are private        gmem.c      guest_memfd
  *   gmem_file.c   what its file refuses                 interpose.c in front of the C library
- *   signals.c     signals and KVM_RUN, the ticker       python_signals.c  Ctrl-C in CPython
- *   coherence.c   code that changes                     stores.c    stores beside code
- *   slots.c       the memslot table                     emulate.c   MMIO: one instruction, replayed
- *   pio.c         port I/O and its completion           events.c    exceptions, interrupts, triple fault
+ *   signals.c     KVM_RUN's signal mask                 ticker.c    what makes it look for signals
+ *   python_signals.c  Ctrl-C in CPython                 coherence.c code that changes
+ *   emulate.c     MMIO: one instruction, replayed       instruction.c  which of them KVM's emulator has
+ *   pio.c         port I/O and its completion           string_io.c INS, OUTS
+ *   ioctl.c       the vCPU's ioctls                     events.c    exceptions, interrupts, triple fault
  *   control.c     CR, EFER, XCR0, SYSCALL, SYSENTER     msr.c       MSRs        cpuid.c  CPUID, TSC
- *   signals.c     KVM_RUN's signal mask, the ticker     operand.c   which memory a host instruction accesses
  *   translate.c   what is decoded differently           state.c     regs, sregs, fpu
  *   loads.c, stores.c, atomic.c   accesses that translated code does not do by itself
  */
@@ -273,9 +275,20 @@ struct ak_vcpu {
     struct ak_dirty_ring ring;
 };
 
-/* engine.c */
+/* vm.c */
 struct ak_vm *ak_vm_create(void);
 void ak_vm_destroy(struct ak_vm *vm);
+void ak_vm_pause(struct ak_vm *vm);
+void ak_vm_resume(struct ak_vm *vm, bool flush);
+void ak_flush_pending(struct ak_vcpu *v);
+bool ak_guest_enter(struct ak_vcpu *v);
+void ak_guest_exit(struct ak_vcpu *v);
+int ak_vcpu_lock(struct ak_vcpu *v);
+void ak_vcpu_unlock(struct ak_vcpu *v);
+int ak_vcpu_dead(struct ak_vcpu *v);
+u32 ak_mm_generation(void);
+
+/* engine.c */
 struct ak_vcpu *ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run);
 void ak_vcpu_destroy(struct ak_vcpu *v);
 void ak_vcpu_reset(struct ak_vcpu *v);
@@ -285,11 +298,6 @@ void ak_leave(struct ak_vcpu *v, u32 kind, uintptr_t retaddr) __attribute__((nor
 void ak_flush_tlb(struct ak_vcpu *v);
 void ak_note_helper_frame(struct ak_vcpu *v, uintptr_t return_slot);
 uintptr_t ak_helper_return(const struct ak_vcpu *v);
-void ak_vm_pause(struct ak_vm *vm);
-void ak_vm_resume(struct ak_vm *vm, bool flush);
-void ak_flush_pending(struct ak_vcpu *v);
-bool ak_guest_enter(struct ak_vcpu *v);
-void ak_guest_exit(struct ak_vcpu *v);
 const char *ak_self_test(void);
 extern __thread struct ak_vcpu *ak_current __attribute__((tls_model("initial-exec")));
 static inline struct ak_vcpu *ak_of_env(struct CPUX86State *env) { (void)env; return ak_current; }
@@ -303,14 +311,17 @@ void ak_signals_leave(struct ak_vcpu *v);
 bool ak_hold_signal(const siginfo_t *info);
 u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS]);
 void ak_faults_close(u64 mask);
+bool ak_signals_would_end(const struct ak_vcpu *v, u64 pending);
+u64 ak_signals_block(void);
+void ak_signals_restore(u64 mask);
+void ak_signals_in_child(void);
+
+/* ticker.c */
 void ak_ticker_arm(struct ak_vcpu *v);
 void ak_pokes_settle(struct ak_vcpu *v);
 int ak_watch(struct ak_vcpu *v);
 void ak_unwatch(struct ak_vcpu *v);
-int ak_vcpu_lock(struct ak_vcpu *v);
-void ak_vcpu_unlock(struct ak_vcpu *v);
-int ak_vcpu_dead(struct ak_vcpu *v);
-u32 ak_mm_generation(void);
+void ak_ticker_in_child(void);
 
 /* sync.c */
 int ak_sync_regs(struct ak_vcpu *v);
@@ -416,13 +427,15 @@ enum ak_walk { AK_WALK_OK = 0, AK_WALK_PF, AK_WALK_GP, AK_WALK_STAGE2 };
 int ak_walk(struct ak_vcpu *v, u64 va, enum ak_access access, int mmu_idx, bool side_effects, struct ak_translation *t);
 int ak_translate(struct ak_vcpu *v, u64 va, u64 *gpa, u32 *writeable, u32 *usermode); /* KVM_TRANSLATE */
 
+/* instruction.c */
+u64 ak_linear_rip(const struct ak_vcpu *v);
+u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15]);
+u32 ak_peek_instruction(struct ak_vcpu *v, u8 bytes[15]);
+bool ak_kvm_emulates(struct ak_vcpu *v);
+
 /* emulate.c */
 void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
 void ak_emulate_alone(struct ak_vcpu *v);
-u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15]);
-u32 ak_peek_instruction(struct ak_vcpu *v, u8 bytes[15]);
-int ak_data_mmu_index(const struct ak_vcpu *v);
-bool ak_answer_string_out(struct ak_vcpu *v);
 bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx);
 u32 ak_alone_cflags(const struct ak_vcpu *v);
 bool ak_emulate_boundary(struct ak_vcpu *v);
@@ -435,7 +448,13 @@ bool ak_emulate_reaches(struct ak_vcpu *v, u64 gpa, bool device);
 void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
 
 /* pio.c */
+u8 *ak_pio_data(struct ak_vcpu *v);
+void ak_check_io(struct ak_vcpu *v, u32 port, u32 size, uintptr_t retaddr);
 void ak_complete_pio(struct ak_vcpu *v);
+
+/* string_io.c */
+int ak_data_mmu_index(const struct ak_vcpu *v);
+bool ak_answer_string_out(struct ak_vcpu *v);
 void ak_string_io(struct ak_vcpu *v);
 void ak_finish_string_in(struct ak_vcpu *v);
 
@@ -450,6 +469,8 @@ int ak_msr_get(struct ak_vcpu *v, u32 index, u64 *value, bool host);
 int ak_msr_set(struct ak_vcpu *v, u32 index, u64 value, bool host);
 void ak_cpuid(struct ak_vcpu *v, u32 function, u32 index, u32 out[4]);
 int ak_cpuid_load(struct ak_vcpu *v, const struct kvm_cpuid_entry2 *entries, u32 n);
+int ak_set_cpuid(struct ak_vcpu *v, const struct kvm_cpuid2 *c);
+int ak_get_cpuid(struct ak_vcpu *v, struct kvm_cpuid2 *c);
 bool ak_cpuid_has(struct ak_vcpu *v, u32 function, int reg, int bit);
 bool ak_is_amd(struct ak_vcpu *v);
 u64 ak_tsc(struct ak_vcpu *v);

@@ -1,4 +1,4 @@
-/* The ioctls on VMs and vCPUs, below the copying from and to the caller (that is Python's: vcpu.py, vm.py). Each is one
+/* The ioctls on vCPUs, below the copying from and to the caller (that is Python's: vcpu.py, vcpu_state.py). Each is one
  * call, so that what happens under vcpu->mutex happens in C: a Python signal handler can never run while it is held. */
 #include "engine_internal.h"
 #include <errno.h>
@@ -14,69 +14,6 @@ extern void helper_set_dr_x86_64(struct CPUX86State *env, int reg, u64 value);
 int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *events);
 void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *events);
 void ak_queue_nmis(struct ak_vcpu *v, u32 count);
-
-/* -- VM ------------------------------------------------------------------------------------------------------------ */
-
-/* km:kvm_vm_ioctl(): another mm, or a dead VM. 0 or -EIO. */
-int ak_vm_dead(const struct ak_vm *vm)
-{
-    return vm->dead || vm->mm != ak_mm_generation() ? -EIO : 0;
-}
-
-/* kvm_vm_dead(): every ioctl of the VM and its vCPUs is EIO from now on. */
-void ak_vm_kill(struct ak_vm *vm)
-{
-    pthread_mutex_lock(&vm->lock);
-    vm->dead = 1;
-    for (struct ak_vcpu *v = vm->vcpus; v; v = v->next)
-        ak_kick(v);
-    pthread_mutex_unlock(&vm->lock);
-}
-
-/* The guests' TSC frequency; before the first vCPU. */
-void ak_vm_set_tsc_khz(struct ak_vm *vm, u64 khz)
-{
-    vm->tsc_khz = khz;
-}
-
-/* What a new VM has from its type, the bit of guest addresses by which the guest says what is private, or 0; and from its
- * profile. */
-void ak_vm_configure(struct ak_vm *vm, u64 private_gpa_mask, u32 map_writable)
-{
-    vm->private_gpa_mask = private_gpa_mask;
-    vm->map_writable = map_writable;
-}
-
-/* KVM_ENABLE_CAP(KVM_CAP_EXIT_HYPERCALL): a bit for each hypercall that user space answers. */
-void ak_vm_set_hypercall_exits(struct ak_vm *vm, u64 mask)
-{
-    vm->hypercall_exits = mask;
-}
-
-static int replace(struct ak_vm *vm, const struct ak_slot *old, const struct ak_slot *new)
-{
-    int r = 0;
-    if (old && new && old->base_gfn == new->base_gfn)
-        return ak_slot_flags(vm, new->base_gfn, new->id, new->flags, new->dirty_bitmap);
-    if (old)
-        r = ak_slot_remove(vm, old->base_gfn, old->id);
-    if (!r && new) {
-        r = ak_slot_insert(vm, new);
-        if (r && old)
-            ak_slot_insert(vm, old);
-    }
-    return r;
-}
-
-/* kvm_set_memslot(): create (no old), delete (no new), move or change the flags of one slot while no vCPU is in guest
- * mode; afterwards none has a translation of before. 0 or a negative errno, and then nothing has changed. */
-int ak_set_memslot(struct ak_vm *vm, const struct ak_slot *old, const struct ak_slot *new)
-{
-    ak_vm_pause(vm);
-    int r = replace(vm, old, new);
-    ak_vm_resume(vm, true);
-    return r;
-}
 
 /* -- registers ----------------------------------------------------------------------------------------------------- */
 
@@ -253,52 +190,6 @@ static int set_msrs(struct ak_vcpu *v, const struct kvm_msrs *m)
     return (int)i;
 }
 
-/* -- CPUID --------------------------------------------------------------------------------------------------------- */
-
-/* The bits that follow other state are not the table's (kvm_update_cpuid_runtime()): OSXSAVE, APIC. */
-static bool same_entry(const struct kvm_cpuid_entry2 *a, const struct kvm_cpuid_entry2 *b)
-{
-    bool first = a->function == 1;
-    u32 ecx = first ? 1u << 27 : 0, edx = first ? 1u << 9 : 0;
-    return a->function == b->function && a->index == b->index && a->flags == b->flags && a->eax == b->eax &&
-           a->ebx == b->ebx && !((a->ecx ^ b->ecx) & ~ecx) && !((a->edx ^ b->edx) & ~edx);
-}
-
-/* kvm_set_cpuid(): the same table again is fine at any time, another one only before the vCPU has run. */
-static int set_cpuid(struct ak_vcpu *v, const struct kvm_cpuid2 *c)
-{
-    if (v->ran) {
-        if (c->nent != v->ncpuid)
-            return -EINVAL;
-        for (u32 i = 0; i < c->nent; i++)
-            if (!same_entry(&c->entries[i], &v->cpuid[i]))
-                return -EINVAL;
-        return 0;
-    }
-    for (u32 i = 0; i < c->nent; i++) { /* kvm_check_cpuid(): only canonical addresses of 48 or 57 bits exist */
-        u32 bits = c->entries[i].eax >> 8 & 0xff;
-        if (c->entries[i].function == 0x80000008 && bits && bits != 48 && bits != 57)
-            return -EINVAL;
-    }
-    return ak_cpuid_load(v, c->entries, c->nent);
-}
-
-static int get_cpuid(struct ak_vcpu *v, struct kvm_cpuid2 *c)
-{
-    if (c->nent < v->ncpuid)
-        return -E2BIG;
-    c->nent = v->ncpuid;
-    for (u32 i = 0; i < v->ncpuid; i++) {
-        struct kvm_cpuid_entry2 *e = &c->entries[i];
-        u32 now[4];
-        *e = v->cpuid[i];
-        ak_cpuid(v, e->function, e->index, now);
-        if (e->function == 1)
-            e->ecx = now[2], e->edx = now[3];
-    }
-    return 0;
-}
-
 /* -- the rest ------------------------------------------------------------------------------------------------------ */
 
 /* Without an in-kernel APIC a vCPU is always runnable (kvm_arch_vcpu_ioctl_set_mpstate()). */
@@ -371,8 +262,8 @@ static int vcpu_ioctl(struct ak_vcpu *v, u32 request, void *data)
     case KVM_SET_VCPU_EVENTS: return ak_set_events(v, data);
     case KVM_GET_MSRS: return get_msrs(v, data);
     case KVM_SET_MSRS: return set_msrs(v, data);
-    case KVM_SET_CPUID2: return set_cpuid(v, data);
-    case KVM_GET_CPUID2: return get_cpuid(v, data);
+    case KVM_SET_CPUID2: return ak_set_cpuid(v, data);
+    case KVM_GET_CPUID2: return ak_get_cpuid(v, data);
     case KVM_GET_MP_STATE: return *(u32 *)data = v->mp_state, 0;
     case KVM_SET_MP_STATE: return set_mp_state(v, data);
     case KVM_TRANSLATE: return translate(v, data), 0;

@@ -1,4 +1,4 @@
-/* Where a host instruction that sleeps in a page fault accesses memory. The ticker (signals.c) knows where a thread
+/* Where a host instruction that sleeps in a page fault accesses memory. The ticker (ticker.c) knows where a thread
  * sleeps, not for which address: it may be guest memory that a userfaultfd's handler is to provide, which a signal ends,
  * or memory of the engine's own, from the middle of which nobody may jump away. */
 #define _GNU_SOURCE

@@ -1,21 +1,11 @@
 /* Signals and KVM_RUN. The kernel returns EINTR when a signal is deliverable under the active mask, and the handler runs
  * on the way out. In user space that is: block everything while the guest runs, look what is pending, restore the mask.
- * Looking needs the vCPU to leave guest code, so a ticker kicks one that has not left by itself for a millisecond, and
- * wakes one that sleeps in a page fault. */
+ * Looking needs the vCPU to leave guest code, of which the ticker takes care (ticker.c). */
 #define _GNU_SOURCE
 #include "engine_internal.h"
-#include <errno.h>
-#include <fcntl.h>
-#include <sched.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
-
-#define TICK_NS 1000000
-#define IDLE_TICKS 50
 
 /* -- the mask ------------------------------------------------------------------------------------------------------ */
 
@@ -36,7 +26,25 @@ static void set_mask(const u64 *set, u64 *old)
     change_mask(SIG_SETMASK, set, old);
 }
 
+/* Block every signal of the process: for a thread that is none of the program's. Returns the mask to restore. */
+u64 ak_signals_block(void)
+{
+    u64 old;
+    set_mask(&everything, &old);
+    return old;
+}
+
+void ak_signals_restore(u64 mask)
+{
+    set_mask(&mask, NULL);
+}
+
 static __thread pid_t this_thread;
+
+void ak_signals_in_child(void)
+{
+    this_thread = 0;
+}
 
 /* -- signals of faults that somebody sent ----------------------------------------------------------------------------
  *
@@ -173,6 +181,12 @@ static bool deliverable(const struct ak_vcpu *v, u64 pending)
     return false;
 }
 
+/* Whether one of these, which are pending, would end the vCPU's KVM_RUN. Any thread; those of faults are never blocked. */
+bool ak_signals_would_end(const struct ak_vcpu *v, u64 pending)
+{
+    return deliverable(v, pending & everything);
+}
+
 /* signal_pending() under the active mask. */
 bool ak_signal_pending(struct ak_vcpu *v)
 {
@@ -189,194 +203,4 @@ bool ak_send_hwpoison_signal(struct ak_vcpu *v)
         return false;
     v->sigbus_hva = v->exit.hva | 1; /* page 0 is an address too */
     return !(v->active_mask & BIT(SIGBUS));
-}
-
-/* -- the ticker ---------------------------------------------------------------------------------------------------- */
-
-static pthread_mutex_t ticker_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t ticker_wake = PTHREAD_COND_INITIALIZER;
-static struct ak_vcpu *watched[4096];
-static u32 nwatched;
-static bool ticker_started;
-static volatile bool ticker_idle = true;
-
-static bool read_proc(pid_t tid, const char *what, char *text, size_t size)
-{
-    char path[64];
-    snprintf(path, sizeof path, "/proc/self/task/%d/%s", (int)tid, what);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : read(fd, text, size - 1);
-    if (fd >= 0)
-        close(fd);
-    text[n > 0 ? n : 0] = 0;
-    return n > 0;
-}
-
-static u64 field(const char *text, const char *name)
-{
-    const char *at = strstr(text, name);
-    return at ? strtoull(at + strlen(name), NULL, 16) : 0;
-}
-
-/* A kicked vCPU that does not leave sleeps in a page fault that somebody is to resolve: a userfaultfd's. The kernel's
- * KVM_RUN would end with EINTR when a signal comes (FOLL_INTERRUPTIBLE, KVM_PFN_ERR_SIGPENDING). Its signals are blocked
- * here, so look for one that it should take, and wake it with the one signal that is always open in KVM_RUN and always
- * ours: SIGSEGV, marked. Done so that it cannot arrive after KVM_RUN (ak_pokes_settle). */
-static void poke(struct ak_vcpu *v)
-{
-    char text[2048];
-    unsigned long long sp, pc;
-    if (!read_proc(v->tid, "syscall", text, sizeof text) || sscanf(text, "-1 %llx %llx", &sp, &pc) != 2)
-        return; /* it runs, or is in a system call: not in a page fault */
-    if (!read_proc(v->tid, "status", text, sizeof text) ||
-        !deliverable(v, (field(text, "SigPnd:") | field(text, "ShdPnd:")) & everything))
-        return;
-    siginfo_t info = {.si_signo = SIGSEGV, .si_code = AK_SI_POKE};
-    info.si_pid = getpid();
-    info.si_value.sival_ptr = (void *)(uintptr_t)pc;
-    __atomic_add_fetch(&v->pokes, 1, __ATOMIC_SEQ_CST);
-    if (v->in_guest && v->entries == v->tick_entries)
-        syscall(SYS_rt_tgsigqueueinfo, getpid(), v->tid, SIGSEGV, &info);
-    __atomic_add_fetch(&v->pokes, 1, __ATOMIC_SEQ_CST);
-}
-
-/* Out of guest mode: let the pokes that were sent arrive before anything else happens on this thread. */
-void ak_pokes_settle(struct ak_vcpu *v)
-{
-    u32 now;
-    while ((now = __atomic_load_n(&v->pokes, __ATOMIC_SEQ_CST)) & 1)
-        sched_yield();
-    syscall(SYS_getpid); /* signals are delivered when a system call returns */
-    v->pokes_seen = now;
-}
-
-static bool tick(void)
-{
-    bool busy = false;
-    for (u32 i = 0; i < nwatched; i++) {
-        struct ak_vcpu *v = watched[i];
-        if (v->in_guest && v->entries == v->tick_entries) {
-            v->ticks++;
-            ak_kick(v);
-            if (v->tick_stuck++)
-                poke(v);
-        } else
-            v->tick_stuck = 0;
-        busy |= v->in_guest || v->entries != v->tick_entries;
-        v->tick_entries = v->entries;
-    }
-    return busy;
-}
-
-static void *ticker(void *unused)
-{
-    u32 quiet = 0;
-    (void)unused;
-    pthread_mutex_lock(&ticker_lock);
-    for (;;) {
-        struct timespec pause = {.tv_nsec = TICK_NS};
-        ak_host_init(); /* the program may have put its own handler over ours */
-        quiet = tick() ? 0 : quiet + 1;
-        if (quiet > IDLE_TICKS) {
-            ticker_idle = true;
-            while (ticker_idle)
-                pthread_cond_wait(&ticker_wake, &ticker_lock);
-            quiet = 0;
-        }
-        pthread_mutex_unlock(&ticker_lock);
-        nanosleep(&pause, NULL);
-        pthread_mutex_lock(&ticker_lock);
-    }
-    return NULL;
-}
-
-static void start_ticker(void)
-{
-    pthread_t thread;
-    u64 old;
-    set_mask(&everything, &old); /* no signal of the process is for the ticker */
-    if (!pthread_create(&thread, NULL, ticker, NULL)) {
-        pthread_detach(thread);
-        ticker_started = true;
-    }
-    set_mask(&old, NULL);
-}
-
-/* Before guest code runs: have it watched. */
-void ak_ticker_arm(struct ak_vcpu *v)
-{
-    v->entries++;
-    if (__builtin_expect(!ticker_idle, 1))
-        return;
-    ak_host_init();
-    pthread_mutex_lock(&ticker_lock);
-    ticker_idle = false;
-    if (!ticker_started)
-        start_ticker();
-    pthread_cond_signal(&ticker_wake);
-    pthread_mutex_unlock(&ticker_lock);
-}
-
-int ak_watch(struct ak_vcpu *v)
-{
-    int r = 0;
-    pthread_mutex_lock(&ticker_lock);
-    if (nwatched < sizeof watched / sizeof *watched)
-        watched[nwatched++] = v;
-    else
-        r = -ENOMEM;
-    pthread_mutex_unlock(&ticker_lock);
-    return r;
-}
-
-void ak_unwatch(struct ak_vcpu *v)
-{
-    pthread_mutex_lock(&ticker_lock);
-    for (u32 i = 0; i < nwatched; i++)
-        if (watched[i] == v) {
-            watched[i] = watched[--nwatched];
-            break;
-        }
-    pthread_mutex_unlock(&ticker_lock);
-}
-
-/* -- vcpu->mutex, and a VM's life ---------------------------------------------------------------------------------- */
-
-static u32 mm_generation = 1;
-
-static void in_child(void)
-{
-    mm_generation++; /* VMs of the parent are another mm's: EIO */
-    ticker_started = false;
-    ticker_idle = true;
-    nwatched = 0;
-    this_thread = 0;
-    pthread_mutex_init(&ticker_lock, NULL);
-    ak_devices_in_child();
-}
-
-static void __attribute__((constructor)) watch_forks(void)
-{
-    pthread_atfork(NULL, NULL, in_child);
-}
-
-u32 ak_mm_generation(void)
-{
-    return mm_generation;
-}
-
-/* km:kvm_vcpu_ioctl: another mm, or a dead VM. */
-int ak_vcpu_dead(struct ak_vcpu *v)
-{
-    return v->vm->dead || v->vm->mm != mm_generation ? -EIO : 0;
-}
-
-int ak_vcpu_lock(struct ak_vcpu *v)
-{
-    return -pthread_mutex_lock(&v->mutex);
-}
-
-void ak_vcpu_unlock(struct ak_vcpu *v)
-{
-    pthread_mutex_unlock(&v->mutex);
 }
