@@ -2,7 +2,8 @@
  *  - locked instructions are atomic between threads (CF_PARALLEL), except alone in emulation;
  *  - a stop is honoured only where a block begins (check_exit_request after each load and store would roll back an
  *    instruction whose store is done);
- *  - INS/OUTS, and VEX instructions the engine would run as SSE, are shown to the decoder as an undefined opcode;
+ *  - INS/OUTS, VEX instructions the engine would run as SSE, and LOCK before what cannot have it, which the engine would
+ *    pass over, are shown to the decoder as an undefined opcode;
  *  - 16-byte alignment of SSE operands (#GP) and, at CPL 3 with CR0.AM and EFLAGS.AC, natural alignment (#AC). */
 #include "engine_internal.h"
 
@@ -77,8 +78,9 @@ u64 __wrap_cpu_ldq_code_x86_64(struct CPUX86State *env, u64 va)
 /* -- which operands must be aligned ------------------------------------------------------------------------------- */
 
 struct decoded {
-    bool opsize, f2, f3, vex_undefined, string_io;
+    bool opsize, f2, f3, lock, vex_undefined, string_io;
     u32 map, opcode; /* map 0: one byte, 1: 0F, 2: 0F38, 3: 0F3A */
+    u32 size;        /* bytes looked at */
 };
 
 static bool vex_supported(u32 map, u32 opcode)
@@ -91,13 +93,16 @@ static bool vex_supported(u32 map, u32 opcode)
 static void decode_vex(struct CPUX86State *env, u64 pc, u8 first, bool mode64, struct decoded *d)
 {
     u8 next = code_byte(env, pc + 1);
+    d->opcode = first;
     if (!mode64 && ((next & 0xc0) != 0xc0 || !(env->cr[0] & CR0_PE) || (env->eflags & RFLAGS_VM)))
         return; /* LES, LDS */
     if (first == 0xc5) {
         d->vex_undefined = true;
+        d->size++;
         return;
     }
     d->vex_undefined = !vex_supported(next & 31, code_byte(env, pc + 3));
+    d->size += 3;
 }
 
 /* Prefixes and opcode, never reading a byte the decoder would not. */
@@ -107,11 +112,13 @@ static struct decoded decode(struct CPUX86State *env, u64 pc)
     bool mode64 = env->hflags & HF_CS64_MASK;
     for (u32 n = 0; n < 14; n++) {
         u8 b = code_byte(env, pc + n);
+        d.size = n + 1;
         switch (b) {
         case 0x66: d.opsize = true; continue;
         case 0xf2: d.f2 = true; continue;
         case 0xf3: d.f3 = true; continue;
-        case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65: case 0x67: case 0xf0: continue;
+        case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65: case 0x67: continue;
+        case 0xf0: d.lock = true; continue;
         case 0x6c: case 0x6d: case 0x6e: case 0x6f: d.string_io = true; return d;
         case 0xc4: case 0xc5: decode_vex(env, pc + n, b, mode64, &d); return d;
         case 0x0f: break;
@@ -122,14 +129,62 @@ static struct decoded decode(struct CPUX86State *env, u64 pc)
             return d;
         }
         d.map = 1;
+        d.size++;
         d.opcode = code_byte(env, pc + n + 1);
         if (d.opcode == 0x38 || d.opcode == 0x3a) {
             d.map = d.opcode == 0x38 ? 2 : 3;
             d.opcode = code_byte(env, pc + n + 2);
+            d.size++;
         }
         return d;
     }
     return d;
+}
+
+/* -- LOCK ---------------------------------------------------------------------------------------------------------------- */
+
+enum { NO_LOCK = 0, LOCK = 1, LOCK_GROUP = 2 };
+
+/* APM vol. 3, 1.2.5: what LOCK may stand before. LOCK_GROUP: it depends on the ModRM byte. */
+static int may_lock(const struct decoded *d)
+{
+    u32 op = d->opcode;
+    if (d->map == 0 && op < 0x38) /* ADD, OR, ADC, SBB, AND, SUB, XOR to memory */
+        return (op & 7) < 2 ? LOCK : NO_LOCK;
+    if (d->map == 0)
+        return op == 0x86 || op == 0x87                                  ? LOCK
+               : (op & ~3u) == 0x80 || (op & ~1u) == 0xf6 || op >= 0xfe ? LOCK_GROUP
+                                                                         : NO_LOCK;
+    if (d->map != 1)
+        return NO_LOCK;
+    switch (op) {
+    case 0xab: case 0xb0: case 0xb1: case 0xb3: case 0xbb: case 0xc0: case 0xc1: return LOCK;
+    case 0x20: case 0x22: case 0xba: case 0xc7: return LOCK_GROUP;
+    }
+    return NO_LOCK;
+}
+
+static bool may_lock_group(const struct decoded *d, u32 reg)
+{
+    switch (d->opcode) {
+    case 0x80: case 0x81: case 0x82: case 0x83: return reg != 7; /* CMP */
+    case 0xf6: case 0xf7: return reg == 2 || reg == 3;           /* NOT, NEG */
+    case 0xfe: case 0xff: return reg < 2;                        /* INC, DEC */
+    case 0xba: return reg >= 5;                                  /* BTS, BTR, BTC */
+    case 0xc7: return reg == 1;                                  /* CMPXCHG8B, CMPXCHG16B */
+    default: return reg == 0;                                    /* MOV CR0, which is then CR8 */
+    }
+}
+
+/* Whether LOCK stands before something it may not: #UD. */
+static bool bad_lock(struct CPUX86State *env, u64 pc, struct decoded *d)
+{
+    int may = d->lock ? may_lock(d) : LOCK;
+    if (!d->lock || may == NO_LOCK)
+        return d->lock;
+    u8 modrm = code_byte(env, pc + d->size++);
+    bool control = d->map == 1 && (d->opcode & ~2u) == 0x20;
+    return (modrm >= 0xc0 && !control) || (may == LOCK_GROUP && !may_lock_group(d, modrm >> 3 & 7));
 }
 
 /* Legacy SSE instructions with a 16-byte memory operand that must be aligned (SDM vol. 2, exception types 2 and 4). */
@@ -156,29 +211,17 @@ static bool needs_align16(const struct decoded *d)
     return d->opsize && ((op >= 0x60 && op <= 0x6d) || (op >= 0x74 && op <= 0x76) || (op >= 0xd1 && op <= 0xfe));
 }
 
-/* Bytes behind the first of an instruction that the decoder is not shown, but by which it was told: they belong to the
- * block, which is stale when they change. Of a VEX instruction those that are in its page. */
-static u32 hidden_bytes(struct CPUX86State *env, u64 pc, bool string_io)
-{
-    u32 n = 0, room = (u32)(AK_PAGE_SIZE - 1 - (pc & ~AK_PAGE_MASK));
-    if (!string_io)
-        return room < 3 ? room : 3;
-    while (n < 14 && ((u8)__real_cpu_ldub_code_x86_64(env, pc + n) & 0xfc) != 0x6c)
-        n++;
-    return n;
-}
-
 static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
 {
     struct ak_vcpu *v = ak_current;
     v->translating = (u32)db->num_insns;
     struct decoded d = decode(v->env, db->pc_next);
     v->insn_len = 0;
-    if (d.string_io || d.vex_undefined) {
+    if (d.string_io || d.vex_undefined || bad_lock(v->env, db->pc_next, &d)) {
         v->insn_pc = db->pc_next;
         v->insn_bytes[0] = UNDEFINED_OPCODE;
         v->insn_len = 1;
-        v->insn_hidden = hidden_bytes(v->env, db->pc_next, d.string_io);
+        v->insn_hidden = d.size - 1; /* by them it was told: the block is stale when they change */
     }
     v->align_need = needs_align16(&d) ? MO_ALIGN_16 : 0;
     if (!v->align_need && (db->tb->flags & HF_AC_MASK) && (db->tb->flags & HF_CPL_MASK) == 3 && (v->env->cr[0] & CR0_AM))
