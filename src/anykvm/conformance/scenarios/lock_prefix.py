@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from anykvm.abi import constants as c
@@ -33,14 +33,16 @@ def lock_one_byte(lab: Lab) -> None:
 
 @scenario("lock_two_bytes", area=AREA, timeout=60)
 def lock_two_bytes(lab: Lab) -> None:
-    """LOCK before the opcodes behind 0F, but for those of three bytes, and MOV to CR0: it is AMD's MOV to CR8, which KVM
-    intercepts, and emulates in vain where the processor has no decode assists."""
+    """LOCK before the opcodes behind 0F, but for those of three bytes.
+
+    Nor MOV to CR0: that is AMD's MOV to CR8, which KVM intercepts and emulates in vain without decode assists.
+    """
     _record(lab, bytes((_ESCAPE,)), [opcode for opcode in range(256) if opcode not in (0x22, 0x38, 0x3A)])
 
 
 @scenario("lock_other_forms", area=AREA)
 def lock_other_forms(lab: Lab) -> None:
-    """LOCK before opcodes of three bytes and VEX, before and behind other prefixes, over the end of a page, and twice."""
+    """LOCK before opcodes of three bytes and VEX, with other prefixes, over the end of a page, and twice."""
     m, memory = lab.machine(), anonymous(PAGE)
     m.slot(1, TEST, PAGE, memory)
     for name, text in (
@@ -78,9 +80,7 @@ def _record(lab: Lab, escape: bytes, opcodes: list[int]) -> None:
     lab.note("registers", allowed=list(_allowed(m, escape, opcodes, _REGISTER, (0, 1, 5))))
 
 
-def _allowed(
-    m: Machine, escape: bytes, opcodes: list[int], modrm: int, fields: range | tuple[int, ...]
-) -> Iterator[str]:
+def _allowed(m: Machine, escape: bytes, opcodes: list[int], modrm: int, fields: Iterable[int]) -> Iterator[str]:
     """Give what is not #UD, as ``opcode/fields outcome``."""
     for opcode in opcodes:
         outcomes: dict[str, str] = {}
