@@ -4,6 +4,7 @@ own binding), which must show the fault: that proves the test can fail."""
 from __future__ import annotations
 
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -169,6 +170,41 @@ def test_alignment_check_the_stock_engine_misses(machine: Machine) -> None:
     assert stock_goes_on(source, ring3)
     machine.long_mode(source + "; ud2", cpl=3, rflags=2 | 1 << 18, cr0=0x80050033)
     assert machine.trap().vector == 17
+
+
+NARROW_OPERANDS = {
+    "cvtps2pd {}, %xmm1": 8,
+    "cvtdq2pd {}, %xmm1": 8,
+    "roundss $1, {}, %xmm1": 4,
+    "roundsd $1, {}, %xmm1": 8,
+    "cvtps2pi {}, %mm1": 8,
+    "cvttps2pi {}, %mm1": 8,
+    "punpcklbw {}, %mm1": 4,
+    "punpcklwd {}, %mm1": 4,
+    "punpckldq {}, %mm1": 4,
+}
+
+
+@pytest.mark.parametrize("source", NARROW_OPERANDS)
+def test_no_more_is_read_than_the_operand(machine: Machine, source: str) -> None:
+    """The operand ends where memory does; the result is that of the same in a register."""
+    end, size = 0x300000, NARROW_OPERANDS[source]
+    stock_end = 0x200000 - size
+    assert not stock_goes_on(source.format(f"({stock_end:#x})")), "the stock engine reads no more by now"
+    machine.memory.protect(end, 0x1000, 0)
+    machine.memory.write(end - 8, struct.pack("<ff", -7.75, 3.25))
+    register = "%mm2" if source.startswith("punpck") else "%xmm2"
+    load, result = ("movq", "%mm1") if "%mm1" in source else ("movdqu", "%xmm1")
+    move = "movd" if size == 4 else "movq"
+    machine.long_mode(
+        f"{load} ({DATA:#x}), {result}; {source.format(f'({end - size:#x})')}; {load} {result}, ({DATA + 32:#x});"
+        f"{load} ({DATA:#x}), {result}; {move} ({end - size:#x}), {register}; {source.format(register)};"
+        f"{load} {result}, ({DATA + 64:#x}); hlt"
+    )
+    machine.memory.write(DATA, bytes(range(1, 17)))
+    machine.run_to_halt()
+    of_memory, of_register = machine.memory.read(DATA + 32, 16), machine.memory.read(DATA + 64, 16)
+    assert of_memory == of_register != bytes(16)
 
 
 def test_syscall_goes_somewhere(machine: Machine) -> None:

@@ -265,6 +265,8 @@ struct ak_vcpu {
     u32 ticks_asked;
     u64 align_pc;             /* translate.c: instruction under 16-byte alignment rule */
     u32 align_need;
+    u32 operand_bytes;        /* of a memory operand of which the engine would read more; 0: it does not */
+    u32 operand_loads;        /* of this instruction so far */
     u64 insn_pc;              /* translate.c: bytes shown to the decoder instead of memory */
     u32 insn_len;
     u8 insn_bytes[16];

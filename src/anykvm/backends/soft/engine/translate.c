@@ -4,11 +4,13 @@
  *    instruction whose store is done);
  *  - INS/OUTS, VEX instructions the engine would run as SSE, and LOCK before what cannot have it, which the engine would
  *    pass over, are shown to the decoder as an undefined opcode;
+ *  - MMX and SSE operands of 4 or 8 bytes of which the engine reads 8 or 16;
  *  - 16-byte alignment of SSE operands (#GP) and, at CPL 3 with CR0.AM and EFLAGS.AC, natural alignment (#AC). */
 #include "engine_internal.h"
 
 #define MO_ALIGN (7 << 4)
 #define MO_ALIGN_16 (4 << 4)
+#define MO_32 2 /* zero-extended */
 #define UNDEFINED_OPCODE 0xf1
 
 struct TCGContext;
@@ -211,6 +213,22 @@ static bool needs_align16(const struct decoded *d)
     return d->opsize && ((op >= 0x60 && op <= 0x6d) || (op >= 0x74 && op <= 0x76) || (op >= 0xd1 && op <= 0xfe));
 }
 
+/* The size of a memory operand of which the engine reads more than there is; 0: it does not. */
+static u32 operand_bytes(const struct decoded *d)
+{
+    if (d->map == 3 && d->opsize)
+        return d->opcode == 0x0a ? 4 : d->opcode == 0x0b ? 8 : 0; /* ROUNDSS, ROUNDSD */
+    if (d->map != 1 || d->f2)
+        return 0;
+    if (d->f3)
+        return d->opcode == 0xe6 ? 8 : 0; /* CVTDQ2PD */
+    switch (d->opsize ? 0 : d->opcode) {
+    case 0x60: case 0x61: case 0x62: return 4;            /* PUNPCKLBW, PUNPCKLWD, PUNPCKLDQ of MMX */
+    case 0x2c: case 0x2d: case 0x5a: return 8;            /* CVTTPS2PI, CVTPS2PI, CVTPS2PD */
+    }
+    return 0;
+}
+
 static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
 {
     struct ak_vcpu *v = ak_current;
@@ -226,9 +244,11 @@ static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
     v->align_need = needs_align16(&d) ? MO_ALIGN_16 : 0;
     if (!v->align_need && (db->tb->flags & HF_AC_MASK) && (db->tb->flags & HF_CPL_MASK) == 3 && (v->env->cr[0] & CR0_AM))
         v->align_need = MO_ALIGN;
+    v->operand_bytes = operand_bytes(&d);
+    v->operand_loads = 0;
     stock_translate_insn(db, cpu);
     v->insn_len = 0;
-    v->align_need = 0;
+    v->align_need = v->operand_bytes = 0;
 }
 
 void __wrap_translator_loop_x86_64(const struct TranslatorOps *ops, struct DisasContextBase *db, struct CPUState *cpu,
@@ -271,10 +291,23 @@ void *__wrap_helper_lookup_tb_ptr_x86_64(struct CPUX86State *env)
     return __real_helper_lookup_tb_ptr_x86_64(env);
 }
 
+/* How a load is to be done where the engine would read too much: the first one in the operand's size, and none for what is
+ * behind it, which the instruction does not look at. False: not at all. */
+static bool narrow(struct ak_vcpu *v, u32 *memop)
+{
+    if (!v->operand_bytes)
+        return true;
+    if (v->operand_bytes == 4)
+        *memop = (*memop & ~7u) | MO_32;
+    return !v->operand_loads++;
+}
+
 #define LDST(name, val)                                                                                                \
     extern void __real_##name(struct TCGContext *, val, void *, uintptr_t, u32);                                       \
     void __wrap_##name(struct TCGContext *tcg, val value, void *addr, uintptr_t idx, u32 memop)                        \
     {                                                                                                                  \
+        if (!narrow(ak_current, &memop))                                                                               \
+            return;                                                                                                    \
         __real_##name(tcg, value, addr, idx, memop | ak_current->align_need);                                          \
         if (ak_current->align_need == MO_ALIGN_16)                                                                     \
             ak_current->align_need = 0; /* the first half decides */                                                   \
