@@ -12,7 +12,6 @@ from anykvm.conformance.sequences.generator import Sequence, generate
 _SHOWN: Final = 8
 _READ_IS_DIRTY: Final = "7.3 logs a page that was only read as dirty if the host has it writable (make_spte())"
 KNOWN: Final = {
-    889: "an exception and an interrupt are injected at once: the second follows when the host is next interrupted",
     1343: _READ_IS_DIRTY,
     1720: _READ_IS_DIRTY,
 }
