@@ -352,6 +352,7 @@ static void in_child(void)
     nwatched = 0;
     this_thread = 0;
     pthread_mutex_init(&ticker_lock, NULL);
+    pthread_cond_init(&ticker_wake, NULL); /* the parent's ticker waits in it, who is not here to leave it */
     ak_devices_in_child();
 }
 
