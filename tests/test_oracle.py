@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import lzma
 import os
+import select
+import signal
 import struct
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from anykvm.conformance import bound
 from anykvm.conformance.oracle import OracleError, Settings, apt, initramfs, kernels, machine, qemu
 from vmm_helpers import anykvm, assert_one_line
 
@@ -276,6 +280,44 @@ def test_apt_s_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(OracleError, match="apt-get is missing"):
         apt.mirror()
+
+
+STARTER = """
+import sys
+from anykvm.conformance.oracle import machine
+
+with machine._started(["sh", "-c", "echo $$; exec sleep 1000"], sys.stdout.buffer) as process:
+    process.wait()
+"""
+
+
+def test_the_machine_ends_with_the_process_that_started_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE) as starter:
+        assert starter.stdout
+        machine_fd = os.pidfd_open(int(starter.stdout.readline()))
+        try:
+            assert not select.select([machine_fd], [], [], 0)[0]
+            starter.kill()
+            assert select.select([machine_fd], [], [], 20)[0], "it is still there"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(machine_fd, signal.SIGKILL)
+            os.close(machine_fd)
+
+
+@pytest.mark.parametrize(
+    ("parent", "line", "said"),
+    [
+        (os.getpid(), ["echo", "ran"], "ran\n"),
+        (-1, ["echo", "ran"], ""),  # who started it had ended before it was bound
+        (os.getpid(), ["/nonexistent/qemu"], "/nonexistent/qemu: No such file or directory\n"),
+    ],
+)
+def test_a_program_is_run_if_its_starter_is_there(parent: int, line: list[str], said: str) -> None:
+    whole = bound.command(line)
+    whole[-len(line) - 1] = str(parent)
+    done = subprocess.run(whole, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert (done.stdout, done.returncode) == (said, 0 if said == "ran\n" else 127)
 
 
 @pytest.mark.skipif(not ENABLED, reason="NOT TESTED: the oracle in QEMU (takes a minute; set ANYKVM_ORACLE=1)")

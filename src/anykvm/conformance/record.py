@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -25,13 +24,13 @@ from typing import Final, NamedTuple
 
 from anykvm.backends import backend as make_backend
 from anykvm.backends.base import Backend
+from anykvm.conformance.bound import bind
 from anykvm.conformance.golden_file import ABOUT, END, Record
 from anykvm.conformance.scenario import Lab, Scenario, failure, load
 
 CHILD: Final = "<child>"
 """The step of a record that says how a scenario's process ended, when it did not end well."""
 _CHUNK: Final = 1 << 16
-_PR_SET_PDEATHSIG: Final = 1
 
 
 def record(
@@ -80,10 +79,11 @@ def _start(scenario: Scenario, backend: Callable[[], Backend]) -> _Child:
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        _run_child(scenario, backend, writer)
+        _run_child(scenario, backend, writer, parent)
     os.close(writer)
     return _Child(scenario, child, reader, time.monotonic() + scenario.timeout)
 
@@ -101,14 +101,14 @@ def _finish(child: _Child) -> list[Record]:
     return records
 
 
-def _run_child(scenario: Scenario, backend: Callable[[], Backend], writer: int) -> None:
+def _run_child(scenario: Scenario, backend: Callable[[], Backend], writer: int, parent: int) -> None:
     def keep(record: Record) -> None:
         os.write(writer, json.dumps(record).encode() + b"\n")
 
     # os._exit whatever happens: this process must not return into its parent's code.
     status = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        bind(parent)
         lab = Lab(scenario.name, backend(), keep)
         lab.signals.install()
         scenario.run(lab)

@@ -81,6 +81,7 @@ cdef extern from "engine.h" nogil:
     void ak_complete_hypercall(ak_vcpu *v)
     void ak_run_guest(ak_vcpu *v)
     bint ak_irq_window(ak_vcpu *v)
+    void ak_cancel_injection(ak_vcpu *v)
     bint ak_dirty_ring_full(const ak_vcpu *v)
     void ak_complete_pio(ak_vcpu *v)
     bint ak_next_fragment(ak_vcpu *v)

@@ -105,7 +105,8 @@ def vcpu_run(vcpu: native.vcpu_p) -> cython.int:
     if native.ak_dirty_ring_full(vcpu):
         return dirty_ring_full(vcpu)  # before a signal is looked for
     if vcpu.has_sigmask and native.ak_signal_pending(vcpu):
-        # blocked for the thread, open for KVM_RUN: the guest is not entered
+        # blocked for the thread, open for KVM_RUN: the guest is not entered, but with what it would have been is chosen
+        native.ak_cancel_injection(vcpu)
         return irq_window_exit(vcpu) if native.ak_irq_window(vcpu) else signal_exit(vcpu)
     r: cython.int = 1
     while r > 0:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Final, NamedTuple
 
+from anykvm.conformance import bound
 from anykvm.conformance.oracle import initramfs, kernels, qemu
 from anykvm.conformance.oracle.apt import Say, install_qemu
 from anykvm.conformance.oracle.errors import OracleError
@@ -125,7 +126,6 @@ def _watch(
     """Start QEMU and pass on what the command says until the machine is off."""
     began = time.monotonic()
     booted = _once(lambda: say(f"booted in {time.monotonic() - began:.1f} s; running the command"))
-    # A session of its own: Ctrl-C is for us, who then end it.
     with console.open("wb") as said, _started(line, said) as process:
         try:
             while (ended := process.poll()) is None:
@@ -149,8 +149,9 @@ def _watch(
 
 
 def _started(line: list[str], said: BinaryIO) -> subprocess.Popen[bytes]:
+    """Start QEMU in a session of its own: Ctrl-C is for us, who then end it. If we are killed, it is too."""
     return subprocess.Popen(
-        line, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        bound.command(line), stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 

@@ -10,9 +10,7 @@ from anykvm.conformance.golden_file import Record
 from anykvm.conformance.sequences.generator import Sequence, generate
 
 _SHOWN: Final = 8
-KNOWN: Final = {
-    889: "an exception and an interrupt are injected at once: the second follows when the host is next interrupted",
-}
+KNOWN: Final[dict[int, str]] = {}
 """Seeds whose sequences differ from 7.3's, and why that is left so."""
 
 

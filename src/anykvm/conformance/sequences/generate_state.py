@@ -216,8 +216,8 @@ def refused(choose: Choose) -> list[Step]:
 def events(choose: Choose) -> list[Step]:
     """Set events, and leave them so; then run.
 
-    Of an exception, an interrupt and an NMI one at most is injected: when the next follows is a matter of when the host
-    is interrupted.
+    Of an exception, an interrupt and an NMI one at most is injected; the scenarios ``events_at_once`` have sets of
+    them.
     """
     one = choose.of(["interrupt.injected", "nmi.injected", "exception"])
     palette = {field: values for field, values in _OTHERS["events"].items() if field not in _INJECTED or field == one}

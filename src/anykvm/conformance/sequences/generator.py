@@ -126,7 +126,7 @@ LEFT_OUT: Final = {
     "(emulator_can_use_gpa())",
     "exceptions of 32-bit code": "the handlers are 64-bit code, run as 16-bit code above 64 KiB",
     "an exception on a stack that is a device": "7.3 tries for ever once it knows the page (npf_interception())",
-    "two injected events at once": "the second follows when the host is next interrupted",
+    "two injected events in one KVM_SET_VCPU_EVENTS": "the scenarios events_at_once have every set of them",
     "the exception and interrupt numbers of events that are over": "stale fields of the kernel's",
     "CR2 after another exception than #PF, XSETBV before CR4.OSXSAVE, a guest's LSTAR that is not canonical": "the "
     "emulated processor of the oracle",

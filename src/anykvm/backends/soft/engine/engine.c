@@ -161,15 +161,6 @@ void ak_leave(struct ak_vcpu *v, u32 kind, uintptr_t retaddr)
     cpu_loop_exit_restore_x86_64(v->cpu, retaddr);
 }
 
-static void after_failed_delivery(struct ak_vcpu *v)
-{
-    if (v->deliver_soft) { /* INT n goes back to its instruction; everything else stays injected */
-        v->env->eip = v->deliver_eip;
-        v->event.injected = 0;
-    }
-    v->delivering = v->deliver_soft = 0;
-}
-
 /* Translated code keeps a constant stack pointer, so the return address of a helper it calls stands at a fixed distance
  * from ak_enter's frame. Found once, by the self-test's OUT; a host fault inside a helper needs it (fault.c). */
 void ak_note_helper_frame(struct ak_vcpu *v, uintptr_t return_slot)
@@ -204,7 +195,7 @@ void ak_enter(struct ak_vcpu *v)
     ak_deliver_pending(v);
     int r = cpu_exec_x86_64(v->uc, cpu);
     if (v->delivering)
-        after_failed_delivery(v);
+        ak_delivery_failed(v);
     if (v->exit.kind == AK_EXIT_SHUTDOWN) { /* an instruction that was being emulated has ended too */
         v->emulation = AK_NATIVE;
         v->emulate_alone = 0;

@@ -233,9 +233,10 @@ struct ak_vcpu {
     struct ak_access_log fragments[AK_LOG];
     u32 translating;          /* number of the instruction being translated, from 1 */
     u32 delivering;           /* an exception or interrupt is being delivered */
-    u64 deliver_eip;          /* eip to go back to when delivery faults (software interrupts) */
+    u64 deliver_eip;          /* eip to go back to when delivery faults (software interrupts and exceptions) */
     u64 deliver_rsp;
     u32 deliver_soft;
+    u32 deliver_rf;           /* RF is set for the image on the stack only */
     u32 single_step_sse;      /* MXCSR has an unmasked exception: instruction by instruction */
     u64 emulate_rip;          /* where the instruction waits for a read's answer */
     u64 emulate_gpa;          /* the page that started it */
@@ -463,6 +464,8 @@ void ak_finish_string_in(struct ak_vcpu *v);
 /* events.c */
 void ak_event_hook(struct uc_struct *uc, u32 vector, void *user);
 bool ak_deliver_pending(struct ak_vcpu *v);
+void ak_cancel_injection(struct ak_vcpu *v);
+void ak_delivery_failed(struct ak_vcpu *v);
 bool ak_interrupt_allowed(struct ak_vcpu *v);
 void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr) __attribute__((noreturn));
 

@@ -14,6 +14,12 @@ static bool is_fault(u32 vector)
     return vector != 1 && vector != 2 && vector != 3 && vector != 4 && vector != 8 && vector != 18;
 }
 
+/* kvm_exception_is_soft() */
+static bool is_soft(u32 vector)
+{
+    return vector == 3 || vector == 4;
+}
+
 /* Raise a guest exception from adapter code. */
 void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr)
 {
@@ -89,7 +95,7 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
 {
     struct ak_vcpu *v = ak_current;
     struct CPUX86State *env = v->env;
-    bool queued = v->event.injected || v->event.pending;
+    bool queued = v->event.injected || v->event.pending, pending = v->event.pending;
     (void)uc;
     (void)user;
     v->translating = 0;
@@ -120,17 +126,19 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
         ak_leave(v, AK_EXIT_KICKED, 0);
     }
     if (is_fault(vector) && !env->exception_is_int) {
+        v->deliver_rf |= !pending && !(env->eflags & RFLAGS_RF);
         env->eflags |= RFLAGS_RF; /* in the image on the stack */
         if ((env->hflags2 & HF2_NMI_MASK) && ak_is_iret(v))
             env->hflags2 &= ~HF2_NMI_MASK; /* iret_interception(): the attempt is enough */
     }
     v->deliver_soft = env->exception_is_int;
+    v->event.nmi_injected = v->event.irq_injected = 0; /* one whose delivery raised this is over */
     queue_exception(v, vector);
     v->event.pending = 0;
     v->event.injected = !env->exception_is_int;
     deliver(v, deliver_exception);
     v->event.injected = 0;
-    v->deliver_soft = 0;
+    v->deliver_soft = v->deliver_rf = 0;
 }
 
 /* The engine gives up, say for a task register that is no TSS: it would end the process. The guest ends instead. */
@@ -182,9 +190,14 @@ static bool waiting(const struct ak_vcpu *v)
            v->single_step_sse;
 }
 
+static bool nmi_allowed(const struct ak_vcpu *v)
+{
+    return !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
+}
+
 /* Replaces the engine's interrupt hook: called between blocks while interrupt_request is set, in the order KVM has:
- * the emulated instruction first, then an injected interrupt, then NMI, whose handler so runs first, then the interrupt
- * window. */
+ * the emulated instruction first, then an injected NMI or interrupt, then an NMI that waits, whose handler so runs first,
+ * then the interrupt window. */
 _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
 {
     struct ak_vcpu *v = ak_current;
@@ -218,7 +231,7 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
         v->event.irq_injected = 0;
         taken = true;
     }
-    if (v->event.nmi_pending && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK)) {
+    if (v->event.nmi_pending && nmi_allowed(v)) {
         v->event.nmi_injected = 1;
         v->event.nmi_pending--;
         inject_nmi(v);
@@ -233,31 +246,76 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     return taken;
 }
 
-static bool is_soft(u32 vector)
-{
-    return vector == 3 || vector == 4;
-}
-
-/* svm_update_soft_interrupt_rip(): #BP and #OF are of the instruction at RIP, behind which they report. If it is not
- * INT3, INT n or INTO, nothing is injected. */
-static bool at_soft_exception(struct ak_vcpu *v)
+/* svm_update_soft_interrupt_rip(): #BP and #OF are of the instruction at RIP, behind which they report. Its length; 0 if
+ * it is not INT3, INT n or INTO, and then nothing is injected. */
+static u32 soft_exception_length(struct ak_vcpu *v)
 {
     u8 code[15];
     u32 size = ak_peek_instruction(v, code);
     if (!size || (code[0] != 0xcc && code[0] != 0xcd && code[0] != 0xce))
-        return false;
-    v->env->eip += code[0] == 0xcd ? 2 : 1;
-    return true;
+        return 0;
+    return code[0] == 0xcd ? 2 : 1;
+}
+
+/* kvm_check_and_inject_events() enters with the first of what is injected; svm_complete_interrupts() forgets the others,
+ * after the guest ran or when the entry is given up. A software exception is forgotten by looking at its instruction
+ * (x86_emulate_instruction()), so that an NMI that waits may take its place; the instruction raises it again. Returns the
+ * length of that instruction. */
+static u32 choose_event(struct ak_vcpu *v)
+{
+    bool alone = !v->event.nmi_injected && !v->event.irq_injected;
+    u32 length = 0;
+    if (!v->event.injected && !v->event.pending) {
+        v->event.irq_injected &= !v->event.nmi_injected;
+        return 0;
+    }
+    v->event.nmi_injected = v->event.irq_injected = 0;
+    if (is_soft(v->event.vector) && ((alone && v->event.nmi_pending && nmi_allowed(v)) || !(length = soft_exception_length(v))))
+        v->event.injected = v->event.pending = 0;
+    return length;
+}
+
+/* An entry that a signal gives up when its event is chosen: svm_cancel_injection() keeps that one injected. */
+void ak_cancel_injection(struct ak_vcpu *v)
+{
+    bool alone = !v->event.nmi_injected && !v->event.irq_injected;
+    choose_event(v);
+    if (v->event.pending) {
+        v->event.pending = 0;
+        v->event.injected = 1;
+        if (is_fault(v->event.vector))
+            v->env->eflags |= RFLAGS_RF;
+    }
+    if (alone && !v->event.injected && v->event.nmi_pending && nmi_allowed(v)) {
+        v->event.nmi_pending--;
+        v->event.nmi_injected = 1;
+    }
+    if (v->event.nmi_injected)
+        v->env->hflags2 |= HF2_NMI_MASK;
+}
+
+/* The guest was left while an event was being delivered: INT n goes back to its instruction; everything else stays
+ * injected, #BP and #OF with RIP at the instruction they are of (svm_complete_soft_interrupt()). */
+void ak_delivery_failed(struct ak_vcpu *v)
+{
+    if (v->deliver_soft || (v->event.injected && is_soft(v->event.vector)))
+        v->env->eip = v->deliver_eip;
+    if (v->deliver_soft)
+        v->event.injected = 0;
+    if (v->deliver_rf) /* it was for the stack only */
+        v->env->eflags &= ~RFLAGS_RF;
+    v->delivering = v->deliver_soft = v->deliver_rf = 0;
 }
 
 /* Before entering: what is injected comes first. */
 bool ak_deliver_pending(struct ak_vcpu *v)
 {
+    u32 length = v->stopping ? 0 : choose_event(v);
     if (waiting(v))
         v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
-    if ((v->event.injected || v->event.pending) && !v->stopping && is_soft(v->event.vector) && !at_soft_exception(v))
-        v->event.injected = v->event.pending = 0;
     if ((v->event.injected || v->event.pending) && !v->stopping) {
+        v->deliver_eip = v->env->eip;
+        v->env->eip += length;
         v->cpu->exception_index = v->event.vector;
         v->env->error_code = (int)v->event.error_code;
         v->env->exception_is_int = 0;

@@ -55,19 +55,25 @@ int ak_set_cr8(struct ak_vcpu *v)
     return 0;
 }
 
+/* kvm_vcpu_ready_for_interrupt_injection() */
+static bool ready_for_interrupt_injection(struct ak_vcpu *v)
+{
+    const struct ak_event *e = &v->event;
+    return ak_interrupt_allowed(v) && !e->irq_injected && !e->nmi_injected && !e->injected && !e->pending;
+}
+
 void ak_post_kvm_run_save(struct ak_vcpu *v)
 {
     struct kvm_run *run = v->run;
     run->if_flag = !!(v->env->eflags & RFLAGS_IF);
     run->cr8 = v->cr8;
     run->apic_base = v->msr.apic_base;
-    run->ready_for_interrupt_injection =
-        ak_interrupt_allowed(v) && !v->event.irq_injected && !v->event.nmi_injected && !v->event.injected && !v->event.pending;
+    run->ready_for_interrupt_injection = ready_for_interrupt_injection(v);
 }
 
 bool ak_irq_window(struct ak_vcpu *v)
 {
-    return v->run->request_interrupt_window && ak_interrupt_allowed(v) && !v->event.irq_injected && !v->event.injected;
+    return v->run->request_interrupt_window && ready_for_interrupt_injection(v);
 }
 
 void ak_fill_memory_fault(struct ak_vcpu *v)

@@ -167,4 +167,5 @@ void ak_ticker_in_child(void)
     ticker_idle = true;
     nwatched = 0;
     pthread_mutex_init(&ticker_lock, NULL);
+    pthread_cond_init(&ticker_wake, NULL); /* the parent's ticker waits in it, who is not here to leave it */
 }

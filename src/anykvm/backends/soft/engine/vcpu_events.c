@@ -7,9 +7,17 @@
 #define VALID_FLAGS (KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW | \
                      KVM_VCPUEVENT_VALID_SMM | KVM_VCPUEVENT_VALID_TRIPLE_FAULT)
 
+/* process_nmi(): one more waits at most while NMIs are blocked or one is injected, else two. */
+void ak_queue_nmis(struct ak_vcpu *v, u32 count)
+{
+    u32 limit = (v->env->hflags2 & HF2_NMI_MASK) || v->event.nmi_injected ? 1 : 2, pending = v->event.nmi_pending + count;
+    v->event.nmi_pending = (u8)(pending < limit ? pending : limit);
+}
+
 void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
 {
     memset(e, 0, sizeof *e);
+    ak_queue_nmis(v, 0); /* what is injected or blocked may have been set since */
     /* KVM conflates the two while KVM_CAP_EXCEPTION_PAYLOAD is off */
     if (v->event.vector != 3 && v->event.vector != 4) { /* kvm_exception_is_soft(): the instruction brings it back */
         e->exception.injected = v->event.injected | v->event.pending;
@@ -27,13 +35,6 @@ void ak_get_events(struct ak_vcpu *v, struct kvm_vcpu_events *e)
     e->nmi.pending = v->event.nmi_pending;
     e->nmi.masked = !!(v->env->hflags2 & HF2_NMI_MASK);
     e->flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM; /* smi: none */
-}
-
-/* process_nmi(): one more waits at most while NMIs are blocked, else two. */
-void ak_queue_nmis(struct ak_vcpu *v, u32 count)
-{
-    u32 limit = v->env->hflags2 & HF2_NMI_MASK ? 1 : 2, pending = v->event.nmi_pending + count;
-    v->event.nmi_pending = (u8)(pending < limit ? pending : limit);
 }
 
 /* 0 or -EINVAL: unknown flags, an exception number above 31 or NMI, system management mode. */
