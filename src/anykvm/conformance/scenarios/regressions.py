@@ -116,6 +116,45 @@ REGRESSIONS: Final[dict[str, tuple[str, list[Step]]]] = {
         "An injected interrupt is delivered before an NMI that waits.",
         [guest("system", "cli; nop"), step("interrupt", irq=0x30), step("nmi"), run(2), SHOW_REGS],
     ),
+    "soft_interrupt": (
+        "A software interrupt that user space injects is the instruction's at RIP, and none without it.",
+        [
+            state("events", interrupt__injected=1, interrupt__nr=0x30, interrupt__soft=1),
+            run(2),
+            SHOW_EVENTS,
+            guest("system", "int 0x30"),
+            state("events", interrupt__injected=1, interrupt__nr=0x30, interrupt__soft=1),
+            run(2),
+            SHOW_REGS,
+        ],
+    ),
+    "nmi_in_shadow": (
+        "An NMI that STI's shadow blocks waits until an instruction was stepped over, which HLT never is.",
+        [
+            guest("system", "hlt"),
+            state("events", flags=12, interrupt__shadow=1, nmi__pending=1),
+            run(3),
+            SHOW_EVENTS,
+            step("interrupt", irq=0x30),
+            run(2),
+            guest("system", "cli; nop"),
+            state("events", flags=13, interrupt__shadow=1, nmi__pending=1, nmi__masked=0),
+            run(2),
+            SHOW_REGS,
+        ],
+    ),
+    "events_refused_last": (
+        "KVM_SET_VCPU_EVENTS that fails for the triple fault has set all else, but nothing looks at it.",
+        [
+            state("events", flags=0x20, exception__injected=1, exception__nr=6),
+            run(2),
+            SHOW_EVENTS,
+            state("events", flags=0x20, exception__injected=1, exception__nr=6),
+            step("nmi"),
+            run(2),
+            SHOW_EVENTS,
+        ],
+    ),
     "set_tpr": (
         "A guest that lowers CR8 exits.",
         [

@@ -162,6 +162,8 @@ struct ak_event {
     u32 error_code;
     u8 irq_injected, irq_vector, nmi_injected;
     u8 pending; /* exception.pending: queued and never tried; KVM_SET_REGS forgets it, not an injected one */
+    u8 requested, unasked; /* KVM_REQ_EVENT is set; the next entries do not look at events, for want of it */
+    u64 unasked_rip;
 };
 
 /* Device accesses of the one instruction being emulated: done ones are replayed, the next one is the exit. */
@@ -467,6 +469,7 @@ bool ak_deliver_pending(struct ak_vcpu *v);
 void ak_cancel_injection(struct ak_vcpu *v);
 void ak_delivery_failed(struct ak_vcpu *v);
 bool ak_interrupt_allowed(struct ak_vcpu *v);
+void ak_request_event(struct ak_vcpu *v);
 void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr) __attribute__((noreturn));
 
 /* msr.c, cpuid.c, control.c */

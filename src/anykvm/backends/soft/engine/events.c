@@ -192,7 +192,28 @@ static bool waiting(const struct ak_vcpu *v)
 
 static bool nmi_allowed(const struct ak_vcpu *v)
 {
-    return !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
+    return !v->event.unasked && !(v->env->hflags2 & HF2_NMI_MASK) && !(v->env->hflags & HF_INHIBIT_IRQ_MASK);
+}
+
+/* kvm_make_request(KVM_REQ_EVENT): the next entry looks at the events. */
+void ak_request_event(struct ak_vcpu *v)
+{
+    v->event.requested = 1;
+    v->event.unasked = 0;
+}
+
+/* An entry: without a request what is injected is forgotten at the next exit. An NMI that a shadow blocks is looked at
+ * again when one instruction was stepped over (svm_enable_nmi_window()); one that is intercepted, like HLT, is not. */
+static void look_at_events(struct ak_vcpu *v)
+{
+    struct ak_event *e = &v->event;
+    if (v->run->request_interrupt_window)
+        e->unasked = 0;
+    if (e->unasked)
+        e->injected = e->pending = e->irq_injected = e->nmi_injected = 0;
+    e->unasked |= e->nmi_pending && !(v->env->hflags2 & HF2_NMI_MASK) && (v->env->hflags & HF_INHIBIT_IRQ_MASK);
+    e->unasked_rip = v->env->eip;
+    e->requested = 0;
 }
 
 /* Replaces the engine's interrupt hook: called between blocks while interrupt_request is set, in the order KVM has:
@@ -221,6 +242,8 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
     }
     if (v->single_step_sse)
         taken = ak_sse_boundary(v);
+    if (v->event.unasked && v->env->eip != v->event.unasked_rip)
+        v->event.unasked = 0;
     /* What user space or an earlier entry injected comes first, whether IF or an NMI blocks it or not; then what waits. */
     if (v->event.nmi_injected) {
         inject_nmi(v);
@@ -279,6 +302,8 @@ static u32 choose_event(struct ak_vcpu *v)
 void ak_cancel_injection(struct ak_vcpu *v)
 {
     bool alone = !v->event.nmi_injected && !v->event.irq_injected;
+    look_at_events(v);
+    ak_request_event(v);
     choose_event(v);
     if (v->event.pending) {
         v->event.pending = 0;
@@ -310,7 +335,11 @@ void ak_delivery_failed(struct ak_vcpu *v)
 /* Before entering: what is injected comes first. */
 bool ak_deliver_pending(struct ak_vcpu *v)
 {
-    u32 length = v->stopping ? 0 : choose_event(v);
+    u32 length = 0;
+    if (!v->stopping) {
+        look_at_events(v);
+        length = choose_event(v);
+    }
     if (waiting(v))
         v->cpu->interrupt_request |= CPU_INTERRUPT_HARD;
     if ((v->event.injected || v->event.pending) && !v->stopping) {

@@ -229,6 +229,7 @@ static int queue_interrupt(struct ak_vcpu *v, const struct kvm_interrupt *i)
 {
     if (i->irq > 255)
         return -EINVAL;
+    ak_request_event(v);
     v->event.irq_injected = 1;
     v->event.irq_vector = (u8)i->irq;
     return 0;
@@ -269,7 +270,7 @@ static int vcpu_ioctl(struct ak_vcpu *v, u32 request, void *data)
     case KVM_TRANSLATE: return translate(v, data), 0;
     case KVM_SET_SIGNAL_MASK: return set_sigmask(v, data), 0;
     case KVM_INTERRUPT: return queue_interrupt(v, data);
-    case KVM_NMI: return ak_queue_nmis(v, 1), 0;
+    case KVM_NMI: return ak_request_event(v), ak_queue_nmis(v, 1), 0;
     default: return -EINVAL;
     }
 }

@@ -26,6 +26,7 @@ void ak_get_regs(struct ak_vcpu *v, struct kvm_regs *r)
 /* KVM_SET_REGS also drops a queued exception (__set_regs()). */
 void ak_set_regs(struct ak_vcpu *v, const struct kvm_regs *r)
 {
+    ak_request_event(v);
     u64 *g = v->env->regs;
     g[R_EAX] = r->rax, g[R_EBX] = r->rbx, g[R_ECX] = r->rcx, g[R_EDX] = r->rdx;
     g[R_ESI] = r->rsi, g[R_EDI] = r->rdi, g[R_ESP] = r->rsp, g[R_EBP] = r->rbp;

@@ -51,7 +51,7 @@ int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *e)
     v->event.vector = e->exception.nr;
     v->event.has_error = e->exception.has_error_code;
     v->event.error_code = e->exception.error_code;
-    v->event.irq_injected = e->interrupt.injected;
+    v->event.irq_injected = e->interrupt.injected && !e->interrupt.soft; /* INT n brings it back (svm_inject_irq()) */
     v->event.irq_vector = e->interrupt.nr;
     if (e->flags & KVM_VCPUEVENT_VALID_SHADOW)
         v->env->hflags = (v->env->hflags & ~HF_INHIBIT_IRQ_MASK) | (e->interrupt.shadow ? HF_INHIBIT_IRQ_MASK : 0);
@@ -61,6 +61,10 @@ int ak_set_events(struct ak_vcpu *v, const struct kvm_vcpu_events *e)
     v->env->hflags2 = (v->env->hflags2 & ~HF2_NMI_MASK) | (e->nmi.masked ? HF2_NMI_MASK : 0); /* IRET clears it */
     if (e->flags & KVM_VCPUEVENT_VALID_NMI_PENDING)
         ak_queue_nmis(v, e->nmi.pending);
-    /* KVM_CAP_X86_TRIPLE_FAULT_EVENT is off: found last, when all else is set */
-    return e->flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT ? -EINVAL : 0;
+    if (e->flags & KVM_VCPUEVENT_VALID_TRIPLE_FAULT) { /* KVM_CAP_X86_TRIPLE_FAULT_EVENT is off: found when all else is set */
+        v->event.unasked = !v->event.requested;
+        return -EINVAL;
+    }
+    ak_request_event(v);
+    return 0;
 }
