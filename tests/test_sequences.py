@@ -122,6 +122,11 @@ def test_a_batch_goes_on_where_it_was_ended(tmp_path: Path) -> None:
     assert all(json.loads(line) for line in output.read_text().splitlines())
 
 
+def test_a_batch_that_hangs_says_where(tmp_path: Path) -> None:
+    done = batch(tmp_path / "soft.jsonl", "--seeds", "5:9", "--jobs", "2", "--patience", "0.0001")
+    assert done.returncode == 1 and "it hangs in one of the seeds 5, 6; leave it out" in done.stderr
+
+
 def test_the_kernel_of_this_machine_is_never_tried(tmp_path: Path) -> None:
     assert not in_oracle()
     with pytest.raises(RuntimeError, match="only in `anykvm oracle`"):

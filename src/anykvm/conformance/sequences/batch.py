@@ -11,11 +11,12 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
 
 from anykvm.backends import backend as make_backend
 from anykvm.backends.base import Backend
@@ -28,6 +29,7 @@ from anykvm.conformance.sequences.perform import perform
 SECONDS: Final = 30.0
 """After which a sequence hangs."""
 _PROGRESS: Final = 100
+_PATIENCE: Final = 4 * SECONDS
 _NOT_HERE: Final = "random sequences are never run on this machine's own kernel: only in `anykvm oracle`"
 
 
@@ -100,6 +102,13 @@ def lines(batch: Mapping[int, list[Record]]) -> Iterator[str]:
         yield json.dumps({"seed": seed, "records": records}) + "\n"
 
 
+def _give_up(backend: str, seeds: list[int]) -> NoReturn:
+    """End without waiting for the processes: one that hangs in the kernel cannot be killed."""
+    text = f"no sequence ends any more: it hangs in one of the seeds {', '.join(map(str, seeds))}; leave it out"
+    print(f"{backend}: {text}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Record the sequences of a range of seeds into a file; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m anykvm.conformance.sequences.batch", description=main.__doc__)
@@ -108,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", required=True, type=parse_seeds, help="such as 0:2000")
     parser.add_argument("--output", type=Path, required=True, help="the file to write, or to continue")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time; default all CPUs")
+    parser.add_argument("--patience", type=float, default=_PATIENCE, help="seconds to wait for a sequence to end")
     options = parser.parse_args(arguments)
     if options.backend != "soft" and not in_oracle():
         parser.error(_NOT_HERE)
@@ -120,16 +130,22 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         options.output.write_text(json.dumps(about(make_backend(options.backend, options.profile))) + "\n")
     left = [seed for seed in options.seeds if seed not in done]
+    running = list(left)
     began = time.monotonic()
     with options.output.open("a") as file:
         recorded = record_batch(left, options.backend, options.profile, options.jobs)
+        signal.signal(signal.SIGALRM, lambda *_: _give_up(options.backend, running[: options.jobs]))
+        signal.setitimer(signal.ITIMER_REAL, options.patience)
         for number, (seed, records) in enumerate(recorded, 1):
+            signal.setitimer(signal.ITIMER_REAL, options.patience)
+            running.remove(seed)
             file.writelines(lines({seed: records}))
             file.flush()
             if number % _PROGRESS == 0 or number == len(left):
                 rate = number / (time.monotonic() - began)
                 text = f"{options.backend}: {len(done) + number} of {len(options.seeds)} sequences, {rate:.1f}/s"
                 print(text, file=sys.stderr, flush=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return 0
 
 
