@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 _CLEAR = "\r\x1b[K"
@@ -29,9 +30,10 @@ class Progress:
             self._shown = text
 
     def end(self) -> None:
-        """Leave no unfinished line behind."""
+        """Leave no unfinished line behind, if the terminal is still there."""
         if erased := self._erased():
-            print(erased, end="", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(erased, end="", file=sys.stderr, flush=True)
 
     def _erased(self) -> str:
         shown, self._shown = self._shown, ""
