@@ -2,16 +2,18 @@
 
 Private memory is a guest_memfd's, shared memory this process's. A page has both; which one the guest reaches is the
 page's attribute. The VMM's rules are those of VMMs for confidential guests: a page that becomes shared loses its
-private memory, and its shared memory stays. Nothing is encrypted here. ``python examples/convert.py`` prints what the
-guest saw.
+private memory, and its shared memory stays. Nothing is encrypted here. It prints what the guest saw. On /dev/kvm it
+needs a kernel with CONFIG_KVM_SW_PROTECTED_VM.
+
+    python examples/convert.py [BACKEND [PROFILE]]
 """
 
 from __future__ import annotations
 
 import struct
 
-import anykvm
-from anykvm import GuestMemory, Hlt, Hypercall, Io, abi
+from anykvm import GuestMemory, Hlt, Hypercall, Io, Kvm, abi
+from start import Missing, start
 
 PAGE, CODE, DATA, PAGES = 0x1000, 0x1000, 0x8000, 4
 KVM_HC_MAP_GPA_RANGE, ENCRYPTED = 12, 1 << 4
@@ -48,10 +50,23 @@ GUEST = b"".join(
 )
 
 
-def main() -> str:
-    """Run the guest; returns the letters it saw, a dot for zero."""
+def require(kvm: Kvm) -> None:
+    """Raise Missing for what this KVM has not."""
+    needed = {
+        "VMs of type KVM_X86_SW_PROTECTED_VM": kvm.check_extension(abi.KVM_CAP_VM_TYPES)
+        & 1 << abi.KVM_X86_SW_PROTECTED_VM,
+        "guest_memfd": kvm.check_extension(abi.KVM_CAP_GUEST_MEMFD),
+        "exits for KVM_HC_MAP_GPA_RANGE": kvm.check_extension(abi.KVM_CAP_EXIT_HYPERCALL) & 1 << KVM_HC_MAP_GPA_RANGE,
+    }
+    if lacking := [name for name, there in needed.items() if not there]:
+        raise Missing(", ".join(lacking))
+
+
+def main(kvm: Kvm) -> None:
+    """Run the guest; print the letters it saw, a dot for zero."""
+    require(kvm)
     seen = b""
-    with anykvm.open("soft") as kvm, GuestMemory(DATA) as ram, GuestMemory(PAGES * PAGE) as shared:
+    with GuestMemory(DATA) as ram, GuestMemory(PAGES * PAGE) as shared:
         vm = kvm.create_vm(abi.KVM_X86_SW_PROTECTED_VM)
         vm.enable_cap(abi.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
         gmem = vm.create_guest_memfd(shared.size)
@@ -79,8 +94,8 @@ def main() -> str:
         assert shared[MOVED - DATA] == ord("s") and shared[SECRET - DATA] == 0  # all that the VMM's own memory got
         vm.close()
         vm.backend.close(gmem)
-    return seen.replace(b"\0", b".").decode()
+    print(seen.replace(b"\0", b".").decode())
 
 
 if __name__ == "__main__":
-    print(main())
+    start(main)

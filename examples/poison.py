@@ -5,9 +5,9 @@ The machine reports an uncorrectable error in a page. KVM cannot give that page 
 gets SIGBUS with code BUS_MCEERR_AR and the page's host address, and KVM_RUN ends with EINTR. (That is ordinary memory.
 A guest_memfd has no host address to speak of: there KVM_RUN fails with EHWPOISON and KVM_EXIT_MEMORY_FAULT, which names
 the guest page.) This VMM keeps a backup of the page, maps fresh memory over the broken one, restores it, and runs the
-vCPU again. The error is injected: no root, and no memory is harmed.
+vCPU again. The error is injected, which only the soft backend can: no root, and no memory is harmed.
 
-    python examples/poison.py
+    python examples/poison.py [BACKEND [PROFILE]]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import signal
 
 import anykvm
 from anykvm.backends.soft import poison
+from start import Missing, start
 
 PAGE = anykvm.PAGE_SIZE
 COUNTER = 0x2000  # the guest's data
@@ -26,10 +27,12 @@ GUEST = bytes.fromhex(
 )
 
 
-def main() -> None:
+def main(kvm: anykvm.Kvm) -> None:
     """Let the guest count, break its counter's page, and repair it."""
+    if kvm.backend.name != "soft":
+        raise Missing("injected errors; to break memory in earnest, as root, is madvise(MADV_HWPOISON)")
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGBUS})  # taken below, with what it says, not by a handler
-    with anykvm.open("soft") as kvm, kvm.create_vm() as vm, anykvm.GuestMemory(4 * PAGE) as memory:
+    with kvm.create_vm() as vm, anykvm.GuestMemory(4 * PAGE) as memory:
         memory[0 : len(GUEST)] = GUEST
         vm.map(memory, guest_phys_addr=0)
         vcpu = vm.create_vcpu()
@@ -56,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

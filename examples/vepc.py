@@ -2,21 +2,22 @@
 """An SGX guest's page cache runs out, KVM_RUN fails with EFAULT, and the VMM gives the machine more.
 
 A page fault that KVM cannot resolve, and that few can try: on virtual EPC, when the host has no page left to back it.
-That needs SGX hardware under memory pressure; here the EPC is anykvm's. The guest stores to one page after the other of
-16 pages of EPC; the machine has 6. Each time it runs out, KVM_RUN fails with EFAULT. With profile "documented" the exit
-names the page; with "linux-7.3", whose x86 code returns a bare -EFAULT here, the VMM has only the registers to go by.
-Either way it adds pages and runs the vCPU again, which stands at the same instruction.
+That needs SGX hardware under memory pressure; here the EPC is anykvm's, which only the soft backend knows. The guest
+stores to one page after the other of 16 pages of EPC; the machine has 6. Each time it runs out, KVM_RUN fails with
+EFAULT. With profile "documented" the exit names the page; with "linux-7.3", whose x86 code returns a bare -EFAULT here,
+the VMM has only the registers to go by. Either way it adds pages and runs the vCPU again, which stands at the same
+instruction.
 
-    python examples/vepc.py [documented|linux-7.3]
+    python examples/vepc.py [BACKEND [PROFILE]]
 """
 
 from __future__ import annotations
 
 import errno
-import sys
 
 import anykvm
 from anykvm.backends.soft import SgxVepc
+from start import Missing, start
 
 PAGE = anykvm.PAGE_SIZE
 EPC, PAGES = 0x100000, 16  # guest-physical address of the EPC, and how much of it the guest sees
@@ -30,10 +31,12 @@ GUEST = bytes.fromhex(
 )
 
 
-def main(profile: str = "documented") -> None:
+def main(kvm: anykvm.Kvm) -> None:
     """Run the guest to its end."""
+    if kvm.backend.name != "soft":
+        raise Missing("an EPC that can be made to run out; a real one is /dev/sgx_vepc, and needs SGX hardware")
     epc = SgxVepc(pages=6)
-    with anykvm.open("soft", profile) as kvm, kvm.create_vm() as vm, anykvm.GuestMemory(PAGE) as memory:
+    with kvm.create_vm() as vm, anykvm.GuestMemory(PAGE) as memory:
         memory[0 : len(GUEST)] = GUEST
         vm.map(memory, guest_phys_addr=0)
         vepc = epc.map(PAGES * PAGE)  # as mmap of /dev/sgx_vepc
@@ -63,4 +66,4 @@ def main(profile: str = "documented") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    start(main)

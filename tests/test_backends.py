@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import grp
+import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ import anykvm
 from anykvm import backends
 from anykvm.backends import Probe, probe, selftest
 from anykvm.backends.device import DeviceBackend
+from anykvm.backends.probe import Kernel
 
 BELOW = {
     "abi": {"abi"},
@@ -73,8 +77,41 @@ def test_probe_says_why_not(tmp_path: Path) -> None:
     assert not found.usable
     assert "KVM_GET_API_VERSION" in found.reason  # a file that is no KVM: ENOTTY
     (tmp_path / "kvm_pvm").mkdir()
-    assert any("no hardware virtualization" in note for note in probe.device_notes(str(tmp_path)))
-    assert "none of" in probe.device_notes(str(tmp_path / "nothing"))[0]
+    assert any("no hardware virtualization" in note for note in probe.device_notes(Kernel(str(tmp_path))))
+    assert "none of" in probe.device_notes(Kernel(str(tmp_path / "nothing")))[0]
+
+
+def test_a_missing_file_of_a_kvm_that_is_loaded(tmp_path: Path) -> None:
+    """A container without the device: the modules and the device's number are the host kernel's."""
+    path, misc = str(tmp_path / "kvm"), tmp_path / "misc"
+    modules = tmp_path / "modules"
+    kernel = Kernel(str(modules), str(misc))
+    (modules / "kvm").mkdir(parents=True)
+    assert "module kvm is loaded, but none for this processor" in backends.probe_device(path, kernel).reason
+    (modules / "kvm_amd").mkdir()
+    misc.write_text("229 fuse\n237 kvm\n183 hw_random\n")
+    found = backends.probe_device(path, kernel)
+    assert not found.usable and "the kernel has kvm_amd, only the file is missing" in found.reason
+    assert f"--device {path}" in found.reason and f"mknod {path} c 10 237" in found.reason
+    assert "modules: kvm_amd" in found.notes[0]
+    misc.write_text("229 fuse\n")
+    for name in ("kvm", "kvm_amd"):
+        (modules / name).rmdir()
+    assert backends.probe_device(path, kernel).reason.endswith("no KVM in this kernel, or its module is not loaded")
+
+
+def test_a_file_that_may_not_be_opened_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "kvm"
+    path.write_text("")
+    path.chmod(0o640)
+    os.chown(path, os.geteuid(), os.getegid())
+    monkeypatch.setattr(os, "access", lambda *arguments, **options: False)  # root may open anything
+    monkeypatch.setattr(os, "getgroups", lambda: [4242])
+    reason = backends.probe_device(str(path)).reason
+    owner, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+    assert f"owner {owner} ({os.geteuid()}), group {group} ({os.getegid()}), mode 0640" in reason
+    groups = " ".join(map(str, sorted({os.getegid(), 4242})))
+    assert reason.endswith(f"this process is uid {os.geteuid()}, groups {groups}")
 
 
 def test_device_errors_have_the_kernels_errno(tmp_path: Path) -> None:

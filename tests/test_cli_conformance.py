@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
 from pathlib import Path
 
-from anykvm.conformance import load, read_records
+import pytest
+
+from anykvm.backends import Probe
+from anykvm.cli import main
+from anykvm.conformance import golden, load, read_records
+from anykvm.conformance import record as recorder
 from anykvm.conformance.golden_file import ABOUT, END
 from anykvm.conformance.records_of import Records
 from anykvm.conformance.report import compare, html
-from vmm_helpers import anykvm, assert_one_line, require_soft
+from vmm_helpers import anykvm, assert_one_line, command, environment, require_soft
+
+NEW = next(name for name in load() if name not in golden("linux-7.3-npt"))
 
 
 def records(**steps: int) -> Records:
@@ -60,6 +70,86 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     assert_one_line(anykvm("conformance", "compare", "--scenario", "no_such"), 2, "no scenario is named no_such")
     assert_one_line(anykvm("conformance", "compare", "linux-7.3", "soft:xyz"), 2, "no profile named 'xyz'")
     assert_one_line(anykvm("conformance", "record", tmp_path / "x", "--scenario", "no_such"), 2, "no_such")
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    for arguments, words in (
+        (("record", "/nonexistent/x"), "OUTPUT /nonexistent/x: cannot be written there"),
+        (("record", tmp_path), "cannot be written there"),
+        (("compare", "linux-7.3", "soft", "--html", "/nonexistent/x.html"), "--html /nonexistent/x.html: cannot"),
+    ):
+        done = anykvm("conformance", *arguments)
+        assert_one_line(done, 2, words)
+        assert len(done.stderr.splitlines()) == 1 and not done.stdout  # nothing was recorded
+
+
+def test_record_takes_the_kernel_s_kvm_only_by_name(tmp_path: Path) -> None:
+    require_soft()
+    path = tmp_path / "x"
+    assert anykvm("conformance", "record", path, "--scenario", "unmapped_read").returncode == 0
+    assert read_records(path)[0]["backend"] == "soft"
+    assert_one_line(anykvm("conformance", "record", path, "--backend", "auto"), 2, "auto")
+
+
+def test_a_kvm_that_cannot_be_used_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x"
+    monkeypatch.setattr(recorder, "probe_device", lambda: Probe("device", False, "no permission"))
+    for arguments in (("record", str(path), "--backend", "device"), ("compare", "linux-7.3", "device")):
+        with pytest.raises(SystemExit) as info:
+            main(["conformance", *arguments, "--scenario", "unmapped_read"])
+        assert info.value.code == 3
+        assert capsys.readouterr() == ("", "anykvm: device backend: no permission\n")
+    assert not path.exists()
+    with pytest.raises(SystemExit) as info:
+        recorder.main(["--backend", "device", "--output", str(path)])
+    assert info.value.code == 2 and "device backend: no permission" in capsys.readouterr().err
+
+
+def test_a_scenario_that_is_not_recorded_is_no_agreement() -> None:
+    done = anykvm("conformance", "compare", "linux-7.3-npt", "linux-7.3", "--scenario", "caps", "--scenario", NEW)
+    assert_one_line(done, 2, f"linux-7.3-npt has no records of {NEW}")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "hung up"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("arguments", "at_work"),
+    [
+        (("compare", "linux-7.3", "soft:linux-7.3"), "soft:linux-7.3: "),
+        (("record", "records"), "soft: "),
+        (("random", "--jobs", "2"), "soft: 100 of 2000"),
+    ],
+)
+def test_signals_end_it_orderly(
+    arguments: tuple[str, ...], at_work: str, number: signal.Signals, code: int, line: str, tmp_path: Path
+) -> None:
+    require_soft()
+    with subprocess.Popen(
+        command("conformance", *arguments),
+        env=environment(),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stderr
+        assert process.stderr.readline().startswith(at_work)
+        # Ctrl-C is for all of them, the others for the one.
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        _, errors = process.communicate(timeout=30)
+    *listed, last = errors.splitlines()
+    assert (process.returncode, last) == (code, f"anykvm: {line}")
+    assert all(text.startswith("soft") for text in listed), errors
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_page_needs_nothing_else_and_escapes() -> None:

@@ -8,8 +8,6 @@ import errno
 import mmap
 import os
 import resource
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -247,9 +245,3 @@ def test_punched_under_a_running_guest(guest: PrivateGuest) -> None:
     guest.vm.discard_guest_memfd(guest.gmem, 0, PAGE)
     thread.join(30)
     assert found == [Hlt()]
-
-
-def test_example() -> None:
-    example = Path(__file__).parent.parent / "examples/convert.py"
-    ran = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=60, check=True)
-    assert ran.stdout == ".ps.k\n"

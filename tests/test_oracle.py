@@ -6,18 +6,22 @@ import contextlib
 import io
 import lzma
 import os
+import pty
+import re
 import select
 import signal
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 
+import vmm_helpers
 from anykvm.conformance import bound
 from anykvm.conformance.oracle import OracleError, Settings, apt, initramfs, kernels, machine, qemu
-from vmm_helpers import anykvm, assert_one_line
+from vmm_helpers import anykvm, assert_one_line, command, environment
 
 ENABLED = os.environ.get("ANYKVM_ORACLE") == "1"
 
@@ -197,6 +201,66 @@ def test_a_machine_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "hung up"),
+    ],
+)
+def test_a_signal_ends_the_machine_and_leaves_nothing(
+    number: signal.Signals, code: int, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = tmp_path / "pid"
+    text = f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n{put(kernel='7.3.4')}time.sleep(1000)\n"
+    fake(tmp_path, monkeypatch, text)
+    (tmp_path / "tmp").mkdir()
+    env = {**environment(), "TMPDIR": str(tmp_path / "tmp")}
+    with subprocess.Popen(command("oracle", "--", "true"), env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        while "booted" not in process.stderr.readline():
+            assert process.poll() is None
+        assert os.listdir(tmp_path / "tmp")
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (code, f"anykvm: {line}\n")
+    assert not os.listdir(tmp_path / "tmp")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def on_a_terminal(go: Path, text: bytes, *arguments: str) -> str:
+    """Run an anykvm command with a terminal as its stderr; returns what it wrote there. ``text`` makes the file go."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has the other side any more
+        while data := os.read(ours, 4096):
+            said += data
+            if text in said:
+                go.touch()
+    os.close(ours)
+    assert process.wait(20) == 0
+    return said.decode()
+
+
+def test_booting_shows_on_a_terminal_that_it_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Seconds of the machine's boot, without waiting for them.
+    clock = tmp_path / "sitecustomize.py"
+    clock.write_text("import itertools, time\nticks = itertools.count()\ntime.monotonic = lambda: next(ticks) * 0.5\n")
+    go = tmp_path / "go"
+    wait = f"import os, time\nwhile not os.path.exists({str(go)!r}):\n    time.sleep(0.01)\n"
+    fake(tmp_path, monkeypatch, wait + put(kernel="7.3.4", status="0"))
+    monkeypatch.setattr(vmm_helpers, "SRC", f"{vmm_helpers.SRC}:{tmp_path}")
+    said = on_a_terminal(go, b"booting, 2 s", "oracle", "--", "true")
+    assert "\r\x1b[Koracle: booting, 1 s\r\x1b[Koracle: booting, 2 s" in said
+    assert re.search(r"s\r\x1b\[Koracle: (booted in|the command ended)", said)
+    assert "booting, " not in on_a_terminal(go, b"", "oracle", "-q", "--", "true")
+    assert "booting, " not in anykvm("oracle", "--", "true").stderr  # not a terminal
+
+
+@pytest.mark.parametrize(
     ("kernel", "words"),
     [("seven", "neither a version"), ("/nonexistent/vmlinuz", "No such file"), ("/dev/null", "no x86 Linux kernel")],
 )
@@ -252,11 +316,11 @@ def test_qemu_is_installed_by_root_only_and_says_what_it_does(tmp_path: Path, mo
     ran: list[list[str]] = []
     said: list[str] = []
 
-    def run(command: list[str], cwd: Path | None = None) -> str:
+    def run(command: list[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         ran.append(command)
-        return TARGETS
+        return subprocess.CompletedProcess(command, 0, TARGETS, "")
 
-    monkeypatch.setattr(apt, "_run", run)
+    monkeypatch.setattr(apt, "_ran", run)
     monkeypatch.setattr(apt.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(apt, "BACKPORTS_FILE", tmp_path / "backports.sources")
     monkeypatch.setattr(apt.os, "geteuid", lambda: 1000)
@@ -276,10 +340,10 @@ def test_apt_s_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(OracleError, match=r"^apt-get failed: E: no such package$"):
-        apt.mirror()
+        apt.mirror(silent)
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     with pytest.raises(OracleError, match="apt-get is missing"):
-        apt.mirror()
+        apt.mirror(silent)
 
 
 STARTER = """
@@ -320,17 +384,117 @@ def test_a_program_is_run_if_its_starter_is_there(parent: int, line: list[str], 
     assert (done.stdout, done.returncode) == (said, 0 if said == "ran\n" else 127)
 
 
-@pytest.mark.skipif(not ENABLED, reason="NOT TESTED: the oracle in QEMU (takes a minute; set ANYKVM_ORACLE=1)")
+def fake_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str) -> None:
+    """Put a program in apt-get's place: what its update does; it knows targets once there is a file ``lists``."""
+    (tmp_path / "targets").write_text(TARGETS)
+    program = tmp_path / "apt-get"
+    program.write_text(
+        f"""#!/bin/sh
+cd {tmp_path}
+case "$*" in
+    *indextargets*) [ ! -e lists ] || cat targets ;;
+    *update) {update} ;;
+    *) echo "E: Unable to locate package" >&2; exit 100 ;;
+esac
+"""
+    )
+    program.chmod(0o755)
+    (tmp_path / "apt-cache").write_text("#!/bin/sh\n")
+    (tmp_path / "apt-cache").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+
+
+def refused(*suites: str) -> str:
+    lines = "".join(f"W: Failed to fetch http://x/dists/{suite}/InRelease  refused {suite}\n" for suite in suites)
+    return f"printf '{lines}' >&2".replace("\n", "\\n")
+
+
+def test_root_gets_the_lists_that_apt_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    fake_apt(tmp_path, monkeypatch, "touch lists")
+    monkeypatch.setattr(apt.os, "geteuid", lambda: 1000)
+    with pytest.raises(OracleError, match="no lists of packages: run apt-get update as root"):
+        apt.mirror(said.append)
+    assert said == [] and not (tmp_path / "lists").exists()
+    monkeypatch.setattr(apt.os, "geteuid", lambda: 0)
+    assert apt.mirror(said.append).codename == "bookworm"
+    assert said == ["apt has no lists of packages; apt-get update"]
+
+
+def test_lists_that_cannot_be_had_are_not_a_debian_without_a_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_apt(tmp_path, monkeypatch, refused("bookworm"))
+    monkeypatch.setattr(apt.os, "geteuid", lambda: 0)
+    with pytest.raises(OracleError, match=r"^apt-get update: Failed to fetch http://x/dists/bookworm/InRel.* refused"):
+        apt.mirror(silent)
+
+
+def test_a_download_that_fails_is_not_a_missing_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """apt-get update ends with code 0, and warnings, when nothing could be downloaded."""
+    (tmp_path / "lists").touch()
+    fake_apt(tmp_path, monkeypatch, refused("bookworm", *apt.KERNEL_SUITES))
+    with pytest.raises(OracleError, match=r"the download of Debian's lists .* failed: Failed to fetch .* refused book"):
+        kernels.find("7.3", tmp_path / "cache", silent)
+    with pytest.raises(OracleError, match=r"the download of Debian's lists"):
+        kernels.find_busybox(tmp_path / "cache", silent)
+    # One suite that is no more does not keep the others' kernels away; but what is not found may have been there.
+    fake_apt(tmp_path, monkeypatch, refused(apt.KERNEL_SUITES[-1]))
+    with pytest.raises(OracleError, match=r"--kernel 7.3: not in the lists .* refused trixie-backports"):
+        kernels.find("7.3", tmp_path / "cache", silent)
+    fake_apt(tmp_path, monkeypatch, "true")
+    with pytest.raises(OracleError, match=r"--kernel 7.3: Debian has no such kernel; it has none"):
+        kernels.find("7.3", tmp_path / "cache", silent)
+
+
+def test_qemu_s_download_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lists").touch()
+    fake_apt(tmp_path, monkeypatch, refused("bookworm-backports"))
+    monkeypatch.setattr(apt, "BACKPORTS_FILE", tmp_path / "backports.sources")
+    monkeypatch.setattr(apt.os, "geteuid", lambda: 0)
+    with pytest.raises(OracleError, match="the download of bookworm-backports's list .* refused bookworm-backports"):
+        apt.install_qemu(silent)
+
+
+def oracle(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = command("oracle", "--timeout", "500", *arguments)
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=environment())
+
+
+IN_QEMU = pytest.mark.skipif(not ENABLED, reason="NOT TESTED: the oracle in QEMU (takes a minute; set ANYKVM_ORACLE=1)")
+
+
+@IN_QEMU
+@pytest.mark.timeout(600)
+def test_standard_files_by_name_and_what_is_left_running() -> None:
+    shell = "sleep 1000 & echo 1; echo 2 >/dev/stdout; echo a >&2; echo b >/dev/stderr; cat /dev/stdin\n"
+    shell += "cat /dev/fd/3 3<<E\n3\nE\n"
+    done = oracle("-q", "--", "sh", "-c", shell)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n2\n3\n", "a\nb\n")
+
+
+@IN_QEMU
+@pytest.mark.timeout(600)
+def test_postcopy_on_a_real_kvm_and_doctor_without_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * 200)
+    run = f"{sys.executable} -m anykvm"
+    shell = f"{run} postcopy {file} --backend device --no-html; echo $?; rm /dev/kvm; {run} doctor"
+    done = oracle("-q", "--", "sh", "-c", shell)
+    crc = f"{zlib.crc32(file.read_bytes()):08x}"
+    assert f"guest {crc}, zlib {crc}: equal\n0\n" in done.stdout, done.stdout + done.stderr
+    assert "device, profile kernel, the Annotate layer finds the pages" in done.stdout
+    assert "the kernel has kvm_amd, only the file is missing" in done.stdout and "mknod /dev/kvm c 10 " in done.stdout
+
+
+@IN_QEMU
 @pytest.mark.timeout(600)
 def test_a_command_on_a_real_kvm(tmp_path: Path) -> None:
     output = tmp_path / "output"
     shell = (
         'test -c /dev/kvm && echo "kernel $(uname -r)" && echo err >&2 && "$0" -m anykvm doctor >"$1/doctor"; exit 9'
     )
-    command = [sys.executable, "-m", "anykvm", "oracle", "--timeout", "500", "--output", str(output), "--"]
-    done = subprocess.run(
-        [*command, "sh", "-c", shell, sys.executable, str(output)], capture_output=True, text=True, check=False
-    )
+    done = oracle("--output", str(output), "--", "sh", "-c", shell, sys.executable, str(output))
     assert done.returncode == 9, done.stderr
     assert done.stdout.startswith("kernel 7.3.") and "\nerr\n" in done.stderr
     assert "/dev/kvm runs guests" in (output / "doctor").read_text()

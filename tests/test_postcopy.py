@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -19,10 +20,12 @@ import pytest
 
 import anykvm
 from anykvm.backends import Backend
+from anykvm.backends.probe import emulated
 from anykvm.cli import main
 from anykvm.vmm.postcopy import FILE_GPA, FileError, Result, Source, run, visiting_order
 from anykvm.vmm.report import heat_map, histogram, render, write_report
 from anykvm.vmm.resolvers import FileResolver, Unresolvable
+from conftest import probe
 from vmm_helpers import anykvm as run_command
 from vmm_helpers import assert_one_line, command, environment, require_soft
 
@@ -240,6 +243,43 @@ class TestCommand:
         assert found["latency_us"]["p50"] <= found["latency_us"]["p99"] <= found["latency_us"]["max"]
         assert (tmp_path / "r.html").exists()
 
+    def test_where_kvm_does_not_name_the_page_annotate_does(self, make, tmp_path: Path):
+        path = make(20 * PAGE + 5)
+        done = run_command("postcopy", path, "--profile", "linux-7.3", "--html", tmp_path / "r.html")
+        assert (done.returncode, done.stderr) == (0, "")
+        crc = f"{zlib.crc32(path.read_bytes()):08x}"
+        assert f"guest {crc}, zlib {crc}: equal" in done.stdout
+        assert "backend   soft, profile linux-7.3, the Annotate layer finds the pages" in done.stdout
+        assert "the Annotate layer works it out" in (tmp_path / "r.html").read_text()
+        found = json.loads(run_command("postcopy", path, "--profile", "linux-7.3", "--json", "--no-html").stdout)
+        assert (found["layers"], found["faults"]) == (["Annotate"], 21)
+        assert json.loads(run_command("postcopy", path, "--json", "--no-html").stdout)["layers"] == []
+
+    def test_a_failure_names_the_backend_and_why(self, make, monkeypatch, capsys):
+        def unresolvable(self: FileResolver, fault: anykvm.MemoryFault) -> int:
+            raise Unresolvable("no")
+
+        def failing(self: FileResolver, fault: anykvm.MemoryFault) -> int:
+            raise OSError(errno.ENOMEM, "madvise: no memory")
+
+        path = make(PAGE)
+        monkeypatch.setattr(FileResolver, "resolve", unresolvable)
+        assert self.in_process(path, "--no-html") == 5
+        assert capsys.readouterr().err == "anykvm: backend soft, profile documented: no\n"
+        monkeypatch.setattr(FileResolver, "resolve", failing)
+        assert self.in_process(path, "--no-html") == 7
+        assert capsys.readouterr().err == "anykvm: backend soft, profile documented: madvise: no memory\n"
+
+    def test_on_the_device_it_works_or_says_what_is_in_the_way(self, make):
+        path = make(3 * PAGE)
+        done = run_command("postcopy", path, "--backend", "device", "--no-html")
+        if not probe("device").usable:
+            assert "Traceback" not in done.stderr and "device" in done.stderr and done.returncode in (3, 5, 7)
+        elif emulated():
+            assert_one_line(done, 5, "backend device, profile kernel", "as MMIO", "kvm_pvm: no hardware virtualization")
+        else:
+            assert done.returncode == 0 and "device, profile kernel, the Annotate layer" in done.stdout, done.stderr
+
     def test_no_html(self, make, tmp_path: Path):
         path = make(PAGE)
         assert run_command("postcopy", path.name, "--no-html", cwd=tmp_path).returncode == 0
@@ -266,7 +306,6 @@ class TestCommand:
             (("file", "--prefetch", "-1"), 2, ("prefetch",)),
             (("file", "--backend", "xen"), 2, ("xen",)),
             (("file", "--profile", "linux-1.0"), 2, ("linux-1.0",)),
-            (("file", "--profile", "linux-7.3"), 7, ("KVM_RUN", "does not say which")),
             ((), 2, ("FILE",)),
         ],
     )
@@ -323,8 +362,6 @@ class TestCommand:
 
 
 def test_without_memory_faults_it_says_so(make):
-    from conftest import probe
-
     if not probe("device").usable:
         pytest.skip(f"device backend: {probe('device').reason}")
     # What a kernel does with ordinary memory: a bare EFAULT, or MMIO where KVM's instruction emulator runs the guest.

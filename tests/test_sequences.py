@@ -140,6 +140,9 @@ def test_the_kernel_of_this_machine_is_never_tried(tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["--seeds", "x"], 2, "--seeds"),
+        (["--seeds", "5:3"], 2, "--seeds: '5:3' has no seed"),
+        (["--seeds", "0:2,7:7"], 2, "'7:7' has no seed"),
+        (["--kernel", "/nonexistent/vmlinuz", "--archive", "/nonexistent/x"], 2, "--archive /nonexistent/x"),
         (["--seeds", "5000"], 2, "no records of seed 5000"),
         (["--records", "x"], 2, "need --kernel"),
         (["--kernel", "/nonexistent/vmlinuz"], 3, "No such file"),
@@ -153,7 +156,9 @@ def test_mistakes_are_one_line(arguments: list[str], code: int, words: str) -> N
 def test_the_command_compares(tmp_path: Path) -> None:
     done = anykvm("conformance", "random", "--seeds", "0:3")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("expected: Linux 7.3.") and "3 of 3 sequences agree" in done.stdout
+    assert done.stdout.startswith("expected: Linux 7.3.") and done.stdout.endswith(
+        "soft, profile linux-7.3: 3 of 3 sequences agree\n"
+    )
 
 
 def test_a_step_is_written_as_what_makes_it() -> None:

@@ -12,7 +12,7 @@ import pytest
 import anykvm
 from anykvm.api import GuestMemory, Hlt, InternalError, Intr, MemoryFault, Unknown, Vcpu
 from anykvm.backends import Backend
-from anykvm.vmm.interrupts import Terminated, TimeLimit, raise_pending, watched
+from anykvm.vmm.interrupts import Terminated, TimeLimit, orderly, raise_pending, watched
 from anykvm.vmm.loop import describe, drive
 from anykvm.vmm.modes import real_mode
 from anykvm.vmm.serial import Console
@@ -43,7 +43,13 @@ def state() -> tuple[object, object, object]:
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated), (signal.SIGALRM, TimeLimit)]
+    ("number", "error"),
+    [
+        (signal.SIGINT, KeyboardInterrupt),
+        (signal.SIGTERM, Terminated),
+        (signal.SIGHUP, Terminated),
+        (signal.SIGALRM, TimeLimit),
+    ],
 )
 def test_a_signal_that_comes_before_kvm_run_is_not_lost(vcpu: Vcpu, number: signal.Signals, error: type[BaseException]):
     before = state()
@@ -91,6 +97,73 @@ def test_an_error_wins_over_a_signal(vcpu: Vcpu):
         os.kill(os.getpid(), signal.SIGTERM)
         raise ZeroDivisionError
     assert not signal.sigpending()
+
+
+def test_an_ignored_signal_is_not_held(vcpu: Vcpu):
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    real_mode(vcpu, 0x2000)
+    try:
+        with watched(vcpu):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert drive(vcpu, Console(lambda data: None)) == Hlt()
+            raise_pending()
+    finally:
+        signal.signal(signal.SIGHUP, old)
+
+
+ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+
+
+@ENDING
+def test_a_signal_that_ends_is_an_exception_once(number: signal.Signals):
+    before = [signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGHUP)]
+    cleaned_up = False
+    with pytest.raises(Terminated) as info, orderly():
+        try:
+            os.kill(os.getpid(), number)
+        finally:
+            for which in (signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), which)  # while it is cleaned up: ignored
+            cleaned_up = True
+    assert cleaned_up and info.value.number == number
+    assert [signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+@ENDING
+def test_an_ignored_signal_stays_ignored(number: signal.Signals):
+    old = signal.signal(number, signal.SIG_IGN)
+    try:
+        with orderly():
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, old)
+
+
+@ENDING
+def test_a_forked_process_ends_as_before(number: signal.Signals):
+    with orderly():
+        child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), number)
+            finally:
+                os._exit(1)  # it was an exception
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
+
+
+def test_in_another_thread_signals_are_left_alone():
+    found = []
+
+    def body() -> None:
+        with orderly():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGTERM)]
 
 
 def test_other_threads_are_left_alone(vcpu: Vcpu):

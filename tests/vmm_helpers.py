@@ -69,6 +69,12 @@ def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *words: s
         assert word in last
 
 
+def without_backend(errors: str) -> list[str]:
+    """Give the lines on stderr, without the first if that names the backend."""
+    lines = errors.splitlines()
+    return lines[1:] if lines and lines[0].startswith("backend ") else lines
+
+
 def elf64(
     code: bytes,
     paddr: int = 0x200000,

@@ -1,7 +1,8 @@
 """The waist: what a backend is. KVM's own ABI, with file descriptors, integers and errno, and nothing invented.
 
 A backend stands where the kernel stands. What a C program reaches with ``open("/dev/kvm")``, ``ioctl()``, ``mmap()``
-and ``close()``, the API and the layers reach with the five methods below; a layer is a backend that wraps another.
+and ``close()``, the API and the layers reach with the five methods below; a layer is a backend that wraps another,
+which it has as ``inner``.
 """
 
 from __future__ import annotations
@@ -70,3 +71,14 @@ class Backend(Protocol):
         Raises OSError: EBADF.
         """
         ...
+
+
+def layers(backend: Backend) -> tuple[str, ...]:
+    """Name the layers of a backend, the outermost first.
+
+    >>> import anykvm
+    >>> layers(anykvm.backend())
+    ()
+    """
+    inner: Backend | None = getattr(backend, "inner", None)
+    return () if inner is None else (type(backend).__name__, *layers(inner))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 import anykvm
 from anykvm.cli import caps, conformance, doctor, execute, explain, oracle, postcopy
 from anykvm.cli.common import ExitCode, Fail
-from anykvm.vmm.interrupts import Terminated, TimeLimit
+from anykvm.vmm.interrupts import Terminated, TimeLimit, orderly
 
 app = typer.Typer(
     help="KVM's API, anywhere: on /dev/kvm, or on a KVM in user space.",
@@ -56,13 +57,17 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         code = _broken_pipe()
+    except OSError as error:
+        _to_nowhere()
+        code = code or _complain(ExitCode.ERRNO, f"standard output: {error.strerror}")
     return code
 
 
 def _guarded(arguments: list[str]) -> int:
     """Run, turning what a user can cause into one line and a code. Anything else is a bug, and shows its traceback."""
     try:
-        _run(arguments)
+        with orderly():
+            _run(arguments)
     except typer.Exit as end:
         return end.exit_code
     except _CommandLineError as error:
@@ -71,8 +76,9 @@ def _guarded(arguments: list[str]) -> int:
         return _complain(error.code, str(error))
     except (KeyboardInterrupt, typer.Abort):
         return _complain(ExitCode.INTERRUPTED, "interrupted")
-    except Terminated:
-        return _complain(ExitCode.TERMINATED, "terminated")
+    except Terminated as end:
+        # As a shell says it: 128 and the signal's number.
+        return _complain(ExitCode(128 + end.number), "hung up" if end.number == signal.SIGHUP else "terminated")
     except TimeLimit:
         return _complain(ExitCode.TIMEOUT, "the time limit is over")
     except BrokenPipeError:
@@ -111,7 +117,11 @@ def _complain(code: ExitCode, text: str) -> int:
 
 
 def _broken_pipe() -> int:
-    # Nobody reads stdout any more; the interpreter's own flush at exit must not complain about that.
+    _to_nowhere()
+    return ExitCode.FAILED
+
+
+def _to_nowhere() -> None:
+    # Nobody can be written to any more; the interpreter's own flush at exit must not complain about that.
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return ExitCode.FAILED

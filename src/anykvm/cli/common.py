@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import json
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +41,8 @@ class ExitCode(enum.IntEnum):
     NOTHING = 11
     """There was no failure to explain."""
     TIMEOUT = 124
+    HUNG_UP = 129
+    """SIGHUP: the terminal is gone."""
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -80,6 +84,17 @@ def opened(selection: Selection) -> Iterator[anykvm.Kvm]:
         raise Fail(ExitCode.BACKEND, f"{selection.backend.name} backend: {error}; try `anykvm doctor`") from None
     with kvm:
         yield kvm
+
+
+def check_writable(option: str, path: str | Path, *, replaced: bool = False) -> None:
+    """Fail in one line if a file cannot be written: before the work whose result goes there, not behind it.
+
+    ``replaced``: it is renamed into its place, so what counts is the folder.
+    """
+    path = Path(path)
+    there = path if path.exists() and not replaced else path.parent
+    if path.is_dir() or not (there is path or there.is_dir()) or not os.access(there, os.W_OK):
+        raise Fail(ExitCode.USAGE, f"{option} {path}: cannot be written there")
 
 
 def print_json(value: Any) -> None:

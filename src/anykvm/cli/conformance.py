@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from anykvm.cli import sequences
-from anykvm.cli.common import BackendOption, ExitCode, Fail, JsonOption, ProfileOption, choose, print_json
+from anykvm.cli.common import ExitCode, Fail, JsonOption, ProfileOption, check_writable, choose, print_json
+from anykvm.conformance import record as recorder
 from anykvm.conformance import report
 from anykvm.conformance.records_of import Records, find, kernel_names, kernel_records
 from anykvm.conformance.scenario import load
@@ -21,7 +22,8 @@ HELP = "Scenarios that run on any KVM, records of what it does in them, and a co
 LIST_HELP = "List the scenarios: their area, what they need, and in how many steps each kernel was recorded."
 RECORD_HELP = """Run scenarios on a backend and write a file of records.
 
-By default all that leave the machine as it is. Never on a KVM whose machine you need: scenarios send it bad input."""
+By default all that leave the machine as it is. On /dev/kvm only if asked for by name, and never on a KVM whose machine
+you need: scenarios send it bad input. Exit code: 2 wrong usage; 3 the backend cannot be used."""
 COMPARE_HELP = """Compare records with those expected.
 
 Each is a kernel's name (see `anykvm conformance list`), a file of records, or soft, soft:PROFILE or device to record
@@ -69,17 +71,17 @@ def _whole(head: str) -> Column:
 @app.command("record", help=RECORD_HELP)
 def record(
     output: Annotated[Path, typer.Argument(help="The file to write.")],
-    backend: BackendOption = "auto",
+    backend: Annotated[Literal["soft", "device"], typer.Option(help="Whose KVM: the kernel's only by name.")] = "soft",
     profile: ProfileOption = None,
     timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds a scenario may take at most.")] = None,
     intrusive: Annotated[bool, typer.Option("--intrusive", help="Also those that change the machine.")] = False,
     scenarios: Scenarios = None,
 ) -> None:
     """Write a file of records."""
-    from anykvm.conformance import record as recorder
-
     chosen = choose(backend, profile).backend
     _check(scenarios)
+    check_writable("OUTPUT", output)
+    _require(backend)
     options = ["--backend", chosen.name, "--output", str(output), *(["--intrusive"] if intrusive else [])]
     if chosen.name == "soft":
         options += ["--profile", chosen.profile]
@@ -99,16 +101,22 @@ def compare(
 ) -> None:
     """Compare and print a table."""
     _check(scenarios)
+    if html:
+        check_writable("--html", html)
+    for spec in (expected, *(got or ())):
+        _require(spec)
     wanted = _records(expected, scenarios)
+    if missing := [name for name in scenarios or () if name not in wanted.scenarios]:
+        raise Fail(ExitCode.USAGE, f"{expected} has no records of {', '.join(missing)}")
     names = scenarios or list(wanted.scenarios)
     others = [_records(spec, [n for n in names if n in load()]) for spec in got or ["soft:linux-7.3"]]
     comparison = report.compare(wanted, others, scenarios)
-    if html:
-        html.write_text(report.html(comparison))
     if json:
         print_json(_plain(comparison))
     else:
         _show(comparison, verbose)
+    if html:
+        html.write_text(report.html(comparison))
     if comparison.differing:
         raise typer.Exit(ExitCode.FAILED)
 
@@ -116,6 +124,13 @@ def compare(
 def _check(scenarios: list[str] | None) -> None:
     if unknown := [name for name in scenarios or () if name not in load()]:
         raise Fail(ExitCode.USAGE, f"no scenario is named {', '.join(unknown)}; see `anykvm conformance list`")
+
+
+def _require(spec: str) -> None:
+    try:
+        recorder.require(spec)
+    except RuntimeError as error:
+        raise Fail(ExitCode.BACKEND, str(error)) from None
 
 
 def _records(spec: str, names: list[str] | None) -> Records:

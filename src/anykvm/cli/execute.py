@@ -22,7 +22,7 @@ Host memory can be taken away before the guest runs: touching it is a memory fau
 
 Exit codes: 0 the guest halted; 2 wrong usage or image; 3 no usable backend; 4 shutdown (triple fault); 5 memory fault;
 6 internal error or an exit not served here; 7 KVM_RUN failed with an errno; 8 --max-exits reached; 124 --timeout over;
-130 interrupted; 143 terminated."""
+129 hung up; 130 interrupted; 143 terminated."""
 
 
 def execute(
@@ -37,7 +37,7 @@ def execute(
     beyond_file: guest.BeyondFileOption = None,
     max_exits: guest.MaxExitsOption = None,
     timeout: guest.TimeoutOption = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the guest's output, no exits.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No exits; only output, and which backend.")] = False,
     backend: BackendOption = "auto",
     profile: ProfileOption = None,
 ) -> None:
@@ -45,8 +45,7 @@ def execute(
     accidents = guest.Accidents(no_access or [], read_only or [], unmap or [], beyond_file)
     wanted = guest.settings(image, (mode, load, entry), memory, accidents, (max_exits, timeout))
     selection = choose(backend, profile)
-    if not quiet:
-        guest.say(f"backend {selection.backend.name}, profile {selection.backend.profile}: {selection.reason}")
+    guest.say_backend(selection)
     with ExitStack() as stack:
         kvm = stack.enter_context(opened(selection))
         vcpu = guest.machine(stack, kvm, wanted)

@@ -39,7 +39,8 @@ Profile documented annotates.
 Exit codes: 0 one cause was found, and KVM's own annotation, if there is one, agrees; 1 none was found, or it is not
 the page that KVM names; 2 wrong usage or image; 3 no usable backend; 4 shutdown; 6 internal error or an exit not
 served here; 7 KVM_RUN failed with another errno; 8 --max-exits reached; 10 several causes are possible, all are
-listed; 11 the guest halted, there is nothing to explain; 124 --timeout over; 130 interrupted; 143 terminated."""
+listed; 11 the guest halted, there is nothing to explain; 124 --timeout over; 129 hung up; 130 interrupted; 143
+terminated."""
 
 _PROFILE = "linux-7.3"
 
@@ -56,7 +57,7 @@ def explain(
     beyond_file: guest.BeyondFileOption = None,
     max_exits: guest.MaxExitsOption = None,
     timeout: guest.TimeoutOption = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the explanation: no exits, no output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No exits, no output; only which backend.")] = False,
     json: JsonOption = False,
     backend: BackendOption = "soft",
     profile: ProfileOption = None,
@@ -70,8 +71,7 @@ def explain(
     wanted = guest.settings(image, (mode, load, entry), memory, accidents, (max_exits, timeout))
     selection = _choose(backend, profile)
     layer = Annotate(selection.backend)
-    if not quiet:
-        guest.say(f"backend {layer.name}, profile {layer.profile}: {selection.reason}")
+    guest.say_backend(selection)
     with ExitStack() as stack:
         kvm = stack.enter_context(opened(selection._replace(backend=layer)))
         vcpu = guest.machine(stack, kvm, wanted)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 import typer
 
 from anykvm.api import Exit, GuestMemory, Hlt, Kvm, MemoryFault, Shutdown, SystemEvent, Vcpu
+from anykvm.backends import Selection
 from anykvm.cli.common import ExitCode, Fail
 from anykvm.vmm import loaders, modes
 from anykvm.vmm.interrupts import TimeLimit, watched
@@ -243,6 +244,11 @@ def finish(end: Exit) -> None:
 
 def _list(exit: Exit) -> None:
     say(describe(exit))
+
+
+def say_backend(selection: Selection) -> None:
+    """Print to stderr whose KVM runs the guest, and why."""
+    say(f"backend {selection.backend.name}, profile {selection.backend.profile}: {selection.reason}")
 
 
 def say(line: str) -> None:

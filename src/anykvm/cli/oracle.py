@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from anykvm.cli.common import ExitCode, Fail
+from anykvm.cli.progress import Progress
 from anykvm.conformance.oracle import OracleError, Settings, run
 from anykvm.conformance.oracle.kernels import DEFAULT
 
@@ -16,7 +16,7 @@ HELP = """Run COMMAND on a real Linux with a real /dev/kvm (kvm_amd), in a virtu
 
 COMMAND sees this machine's files, in the same working directory; what it writes is lost, except to --output. Its output
 and exit code are this command's. Debian's kernel is downloaded when first used; QEMU is installed with apt if run as
-root. Without a machine the exit code is 3."""
+root. Without a machine the exit code is 3; with --timeout over 124; 129 hung up; 130 interrupted; 143 terminated."""
 
 
 def oracle(
@@ -37,14 +37,20 @@ def oracle(
 ) -> None:
     """Run the machine, and end as the command did."""
 
-    def say(text: str) -> None:
-        if not quiet:
-            print(f"oracle: {text}", file=sys.stderr, flush=True)
+    raise typer.Exit(run_oracle(command, Settings(kernel, smp, memory, timeout, output, console), quiet))
 
+
+def run_oracle(command: list[str], settings: Settings, quiet: bool = False) -> int:
+    """Run a command in the oracle's machine, saying on stderr how it gets on; returns its exit code.
+
+    Fails in one line if there is no machine, or its time is over.
+    """
+    progress = Progress(quiet)
     try:
-        code = run(command, Settings(kernel, smp, memory, timeout, output, console), say)
+        return run(command, settings, progress.say, booting=progress.booting)
     except OracleError as error:
         raise Fail(ExitCode.BACKEND, str(error)) from None
     except TimeoutError as error:
         raise Fail(ExitCode.TIMEOUT, str(error)) from None
-    raise typer.Exit(code)
+    finally:
+        progress.end()

@@ -12,9 +12,10 @@ from typing import Annotated, Final
 
 import typer
 
-from anykvm.cli.common import ExitCode, Fail, ProfileOption, choose
+from anykvm.cli.common import ExitCode, Fail, ProfileOption, check_writable, choose
+from anykvm.cli.oracle import run_oracle
 from anykvm.conformance.golden_file import Record
-from anykvm.conformance.oracle import OracleError, Settings, run
+from anykvm.conformance.oracle import Settings
 from anykvm.conformance.records_of import title
 from anykvm.conformance.sequences.archive import kernel_archive, slim, write_archive
 from anykvm.conformance.sequences.batch import Batch, parse_seeds, read_batch, record_batch
@@ -52,7 +53,9 @@ def random(
         raise Fail(ExitCode.USAGE, f"--seeds: {error}") from None
     if kernel is None and (records or archive):
         raise Fail(ExitCode.USAGE, "--records and --archive need --kernel")
-    choose("soft", profile)
+    soft = choose("soft", profile).backend
+    if archive:
+        check_writable("--archive", archive)
     expected = kernel_archive("linux-7.3") if kernel is None else _asked(kernel, wanted, records, timeout, archive)
     if missing := [seed for seed in wanted if seed not in expected.sequences]:
         raise Fail(ExitCode.USAGE, f"no records of seed {missing[0]}; run them with --kernel")
@@ -66,7 +69,8 @@ def random(
     for found in differing:
         if found.seed in KNOWN:
             print(f"seed {found.seed} differs, as is known: {KNOWN[found.seed]}")
-    print(f"{len(chosen) - len(differing)} of {len(chosen)} sequences agree")
+    agreeing = len(chosen) - len(differing)
+    print(f"{soft.name}, profile {soft.profile}: {agreeing} of {len(chosen)} sequences agree")
     if new:
         raise typer.Exit(ExitCode.FAILED)
 
@@ -84,11 +88,10 @@ def _asked(kernel: str, seeds: list[int], path: Path | None, timeout: float, arc
         command += ["--seeds", ",".join(map(str, seeds)), "--output", str(file)]
         settings = Settings(kernel, smp=_SMP, timeout=timeout, output=file.parent)
         try:
-            code = run(command, settings, lambda text: print(f"oracle: {text}", file=sys.stderr, flush=True))
-        except OracleError as error:
-            raise Fail(ExitCode.BACKEND, str(error)) from None
-        except TimeoutError as error:
-            raise Fail(ExitCode.TIMEOUT, f"{error}; with --records the next run goes on from here") from None
+            code = run_oracle(command, settings)
+        except Fail as failure:
+            hint = "; with --records the next run goes on from here" if failure.code == ExitCode.TIMEOUT else ""
+            raise Fail(failure.code, f"{failure}{hint}") from None
         if code:
             raise Fail(ExitCode.BACKEND, f"recording on the kernel ended with code {code}")
         batch = read_batch(file)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from anykvm.backends import backend as make_backend
+from anykvm.backends import probe_device
 from anykvm.backends.base import Backend
 from anykvm.conformance.bound import bind
 from anykvm.conformance.golden_file import ABOUT, END, Record
@@ -145,6 +146,16 @@ def _reap(child: int, ended: bool) -> int:
     return os.waitpid(child, 0)[1]
 
 
+def require(backend: str) -> None:
+    """Raise RuntimeError, saying why, for the kernel's KVM where it cannot be used.
+
+    Each scenario makes its backend in its own process, and what fails there is its record: without this, records of a
+    KVM that cannot be opened would be taken for what it does.
+    """
+    if backend == "device" and not (probe := probe_device()).usable:
+        raise RuntimeError(f"device backend: {probe.reason}")
+
+
 def about(backend: Backend) -> Record:
     """Give the first line of a file of records: what was recorded, and on which day (UTC)."""
     told: Record = {"n": ABOUT, "date": datetime.now(UTC).date().isoformat(), "backend": backend.name}
@@ -157,7 +168,7 @@ def about(backend: Backend) -> Record:
 def main(arguments: list[str] | None = None) -> int:
     """Record scenarios into a file; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m anykvm.conformance.record", description=main.__doc__)
-    parser.add_argument("--backend", default="auto", help="auto, soft or device")
+    parser.add_argument("--backend", default="soft", choices=("soft", "device"), help="default soft")
     parser.add_argument("--profile", help="which KVM the soft backend is to be, such as linux-7.3")
     parser.add_argument("--timeout", type=float, help="seconds a scenario may take at most")
     parser.add_argument("--intrusive", action="store_true", help="by default also those that change the machine")
@@ -168,6 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
     known = load()
     if unknown := [name for name in options.scenarios if name not in known]:
         parser.error(f"no scenario is named {', '.join(unknown)}")
+    try:
+        require(options.backend)
+    except RuntimeError as error:
+        parser.error(str(error))
 
     harmless = [name for name, scenario in known.items() if options.intrusive or not scenario.intrusive]
     chosen = options.scenarios or harmless

@@ -61,7 +61,8 @@ def find(spec: str, names: list[str] | None, started: Callable[[str], None]) -> 
     """Find records: a name of this package's, ``soft``, ``soft:PROFILE`` or ``device`` to record now, else a file.
 
     ``names`` are the scenarios to record (default: all that leave the machine as it is).
-    Raises ValueError and OSError as the functions above, and as ``anykvm.backend``.
+    Raises ValueError and OSError as the functions above, and as ``anykvm.backend``; RuntimeError for a ``device`` that
+    cannot be used.
     """
     return _found(spec, names, started)._replace(label=spec)
 
@@ -86,6 +87,7 @@ def _recorded(kind: str, profile: str | None, names: list[str] | None, started: 
     from anykvm.conformance.scenario import load
 
     chosen = names or [name for name, scenario in load().items() if not scenario.intrusive]
+    recorder.require(kind)
     made = make_backend(kind, profile)
     # Asked for its name, then let go of: scenarios are to be forked from a process without a backend.
     about = recorder.about(made)

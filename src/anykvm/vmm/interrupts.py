@@ -1,44 +1,103 @@
-"""Signals and a running guest: Ctrl-C and time limits that cannot be lost."""
+"""Signals and a running guest: Ctrl-C and time limits that cannot be lost, and an orderly end of everything else."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, Final, NoReturn, TypeAlias
 
 from anykvm.api import Vcpu
 
-_STOP: Final = frozenset((signal.SIGINT, signal.SIGTERM))
+_ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
+_STOP: Final = frozenset((signal.SIGINT, *_ENDING))
 _WATCHED: Final = _STOP | {signal.SIGALRM}
+_Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 class TimeLimit(Exception):
     """The time given to the guest is over."""
 
 
-class Terminated(Exception):
-    """SIGTERM came while the guest ran."""
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP came. Like KeyboardInterrupt not an Exception: it can come anywhere, and is for who ends."""
+
+    def __init__(self, number: int) -> None:
+        """Take the signal's number."""
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def orderly() -> Iterator[None]:
+    """Raise ``Terminated`` in the main thread on SIGTERM and SIGHUP, so that what is cleaned up on errors is then too.
+
+    The first one counts: what comes while it is cleaned up is ignored. A signal that is ignored (``nohup``) stays so.
+    Processes that are forked meanwhile have their signals as they were. In another than the main thread nothing is
+    done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated(number)
+
+    before = {number: signal.getsignal(number) for number in _ENDING if not _ignored(number)}
+    _FORKED.append(before)
+    try:
+        for number in before:
+            signal.signal(number, end)
+        yield
+    finally:
+        _FORKED.remove(before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_FORKED: Final[list[dict[signal.Signals, _Handler]]] = []
+"""What each ``orderly`` that is entered found, the outermost first."""
+
+
+def _as_before() -> None:
+    for before in reversed(_FORKED):
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    _FORKED.clear()
+
+
+os.register_at_fork(after_in_child=_as_before)
+
+
+def _ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) == signal.SIG_IGN
 
 
 @contextlib.contextmanager
 def watched(vcpu: Vcpu, timeout: float | None = None) -> Iterator[None]:
     """Hold signals back outside of ``vcpu.run()``, so that none is lost between a look at them and KVM_RUN.
 
-    SIGINT and SIGTERM are blocked in this thread and, by KVM_SET_SIGNAL_MASK, not in KVM_RUN: it then ends with
-    ``Intr``, or does not start, and ``raise_pending`` tells what came. With a ``timeout`` (seconds) so is SIGALRM, and
-    ``TimeLimit`` is what it tells then. Only the main thread gets this; in another one nothing is done, and a timeout
-    raises ValueError. On leaving, everything is as before, an alarm timer that was running included; a signal that came
-    meanwhile takes effect then.
+    SIGINT, SIGTERM and SIGHUP are blocked in this thread and, by KVM_SET_SIGNAL_MASK, not in KVM_RUN: it then ends with
+    ``Intr``, or does not start, and ``raise_pending`` tells what came. One that is ignored (``nohup``) stays ignored.
+    With a ``timeout`` (seconds) SIGALRM is too, and ``TimeLimit`` is what it tells then. Only the main thread gets
+    this; in another one nothing is done, and a timeout raises ValueError. On leaving, everything is as before, an alarm
+    timer that was running included; a signal that came meanwhile takes effect then.
     """
     if threading.current_thread() is not threading.main_thread():
         if timeout is not None:
             raise ValueError("a time limit needs the main thread")
         yield
         return
-    held = _STOP if timeout is None else _WATCHED
+    # Blocked, an ignored signal would be kept, and end the guest.
+    held = frozenset(number for number in _STOP if not _ignored(number))
+    if timeout is not None:
+        held |= {signal.SIGALRM}
     with contextlib.ExitStack() as stack:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
         stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
@@ -77,18 +136,18 @@ def raise_pending() -> None:
     number = _take_pending(_WATCHED)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    if number == signal.SIGTERM:
-        raise Terminated
+    if number in _ENDING:
+        raise Terminated(number)
     if number == signal.SIGALRM:
         raise TimeLimit
 
 
-def _take_pending(which: frozenset[signal.Signals]) -> int | None:
+def _take_pending(which: frozenset[signal.Signals]) -> signal.Signals | None:
     pending = signal.sigpending() & which
     if not pending:
         return None
     # SIGALRM last: who presses Ctrl-C wants to hear of that.
-    return signal.sigwait({min(pending, key=lambda number: (number == signal.SIGALRM, number))})
+    return signal.Signals(signal.sigwait({min(pending, key=lambda number: (number == signal.SIGALRM, number))}))
 
 
 def _restore_mask(vcpu: Vcpu) -> None:

@@ -28,6 +28,7 @@ from time import perf_counter_ns
 from typing import Final, Literal
 
 from anykvm.api import PAGE_SIZE, GuestMemory, Hlt, Intr, Io, Kvm, MemoryFault, Mmio, Vcpu, Vm
+from anykvm.backends.base import layers
 from anykvm.host.closing import Closing
 from anykvm.vmm.guests import guest
 from anykvm.vmm.interrupts import raise_pending, watched
@@ -82,6 +83,8 @@ class Result:
     seed: int
     backend: str
     profile: str
+    layers: tuple[str, ...]
+    """As ``anykvm.backends.base.layers``: with Annotate, KVM need not have named the pages itself."""
     guards: bool
     """Whether absent pages were guard regions, or else PROT_NONE."""
     crc_guest: int
@@ -211,6 +214,7 @@ def run(
             seed=seed,
             backend=kvm.backend.name,
             profile=kvm.backend.profile,
+            layers=layers(kvm.backend),
             guards=guards,
             crc_guest=crc,
             crc_zlib=source.crc32(),

@@ -31,6 +31,9 @@ mount -t proc proc /newroot/proc
 mount -t sysfs sysfs /newroot/sys
 mount -o bind /dev /newroot/dev
 ln -sf /proc/self/fd /dev/fd
+ln -sf /proc/self/fd/0 /dev/stdin
+ln -sf /proc/self/fd/1 /dev/stdout
+ln -sf /proc/self/fd/2 /dev/stderr
 mkdir -p /dev/shm /dev/pts
 mount -t tmpfs tmpfs /newroot/dev/shm
 mount -t devpts devpts /newroot/dev/pts
@@ -39,9 +42,19 @@ ip link set lo up
 [ -c /dev/kvm ] || give_up "this kernel has no KVM: there is no /dev/kvm"
 [ "$(cat /sys/module/kvm_amd/parameters/npt 2>/dev/null)" = Y ] || give_up "kvm_amd runs without nested paging"
 
+# Through pipes: a file that the command opens anew, by /dev/stderr, would be cut off and written over.
+mkfifo /over/stdout /over/stderr
+cat /over/stdout >/control/stdout &
+cat /over/stderr >/control/stderr &
 uname -r >/control/kernel
-chroot /newroot /bin/sh -c "$(cat /control/command)" </dev/null >/control/stdout 2>/control/stderr
-echo $? >/control/status
+chroot /newroot /bin/sh -c "$(cat /control/command)" </dev/null >/over/stdout 2>/over/stderr
+status=$?
+# What it left running would keep the pipes open.
+for process in /proc/[0-9]*; do
+    case $(readlink "$process/root") in /newroot*) kill -9 "${process#/proc/}" ;; esac
+done
+wait
+echo $status >/control/status
 sync
 poweroff -f
 sleep 60

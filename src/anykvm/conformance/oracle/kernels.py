@@ -84,6 +84,8 @@ def _download(spec: str, cache: Path, say: Say) -> str:
     known = [name.removeprefix("linux-image-") for name in names]
     plain = [version for version in known if not re.search(r"-(cloud|rt)-", version)]
     version = _matching(spec, plain)
+    if version is None and downloads.failed:
+        raise OracleError(f"--kernel {spec}: not in the lists of packages that could be had; {downloads.failed[0]}")
     if version is None:
         newest = sorted({".".join(v.split(".")[:2]) for v in plain}, key=lambda v: [int(p) for p in v.split(".")])
         raise OracleError(f"--kernel {spec}: Debian has no such kernel; it has {', '.join(newest) or 'none'}")

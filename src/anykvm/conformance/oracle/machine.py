@@ -64,11 +64,13 @@ def run(
     say: Say,
     stdout: BinaryIO | None = None,
     stderr: BinaryIO | None = None,
+    booting: Callable[[float], object] = lambda seconds: None,
 ) -> int:
     """Run a command in this working directory on a real Linux with a real /dev/kvm; returns its exit code.
 
     Its output goes to ``stdout`` and ``stderr`` (default: this process's) while it runs. It sees this machine's files;
-    what it writes is lost, except below ``settings.output``. It is root there, without a network.
+    what it writes is lost, except below ``settings.output``. It is root there, without a network. While the machine
+    boots ``booting`` is told several times a second how long that has taken.
     Raises OracleError if the machine cannot be made or ends by itself, TimeoutError if the time is over.
     """
     cache = kernels.cache_folder()
@@ -101,7 +103,7 @@ def run(
             _Tail(control / "stdout", stdout or sys.stdout.buffer),
             _Tail(control / "stderr", stderr or sys.stderr.buffer),
         )
-        return _watch(line, control, console, tails, settings.timeout, say)
+        return _watch(line, control, console, tails, settings.timeout, say, booting)
 
 
 def script(command: list[str], environment: os._Environ[str] | dict[str, str], folder: str) -> str:
@@ -121,19 +123,29 @@ def script(command: list[str], environment: os._Environ[str] | dict[str, str], f
 
 
 def _watch(
-    line: list[str], control: Path, console: Path, tails: tuple[_Tail, ...], timeout: float | None, say: Say
+    line: list[str],
+    control: Path,
+    console: Path,
+    tails: tuple[_Tail, ...],
+    timeout: float | None,
+    say: Say,
+    booting: Callable[[float], object],
 ) -> int:
     """Start QEMU and pass on what the command says until the machine is off."""
     began = time.monotonic()
-    booted = _once(lambda: say(f"booted in {time.monotonic() - began:.1f} s; running the command"))
+    booted = False
     with console.open("wb") as said, _started(line, said) as process:
         try:
             while (ended := process.poll()) is None:
-                if (control / "kernel").exists():
-                    booted()
+                taken = time.monotonic() - began
+                if not booted and (control / "kernel").exists():
+                    booted = True
+                    say(f"booted in {taken:.1f} s; running the command")
+                elif not booted:
+                    booting(taken)
                 for tail in tails:
                     tail.pass_on()
-                if timeout is not None and time.monotonic() - began > timeout:
+                if timeout is not None and taken > timeout:
                     raise TimeoutError(f"the machine ran longer than {timeout:g} s")
                 time.sleep(_POLL_SECONDS)
         finally:
@@ -153,16 +165,6 @@ def _started(line: list[str], said: BinaryIO) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         bound.command(line), stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
     )
-
-
-def _once(act: Callable[[], None]) -> Callable[[], None]:
-    pending = [act]
-
-    def once() -> None:
-        if pending:
-            pending.pop()()
-
-    return once
 
 
 def _status(path: Path) -> int:

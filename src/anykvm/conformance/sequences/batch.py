@@ -68,12 +68,17 @@ def record_batch(
     """
     if backend != "soft" and not in_oracle():
         raise RuntimeError(_NOT_HERE)
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+    with multiprocessing.get_context("fork").Pool(jobs, _end_on_ctrl_c) as pool:
         yield from pool.imap_unordered(functools.partial(_record_seed, backend, profile, seconds), seeds)
 
 
+def _end_on_ctrl_c() -> None:
+    # Who asked for the sequences gets it too, and answers for all.
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+
+
 def parse_seeds(text: str) -> list[int]:
-    """Read ``5``, ``0:2000``, or several with commas. Raises ValueError.
+    """Read ``5``, ``0:2000``, or several with commas. Raises ValueError, for a range without a seed too.
 
     >>> parse_seeds("3,0:3")
     [3, 0, 1, 2]
@@ -83,7 +88,10 @@ def parse_seeds(text: str) -> list[int]:
         first, colon, end = part.partition(":")
         if not first.isdigit() or (colon and not end.isdigit()):
             raise ValueError(f"{text!r} is not SEED or FIRST:END")
-        seeds += range(int(first), int(end)) if colon else [int(first)]
+        found = range(int(first), int(end)) if colon else [int(first)]
+        if not found:
+            raise ValueError(f"{part!r} has no seed: END is the first behind the range")
+        seeds += found
     return seeds
 
 
