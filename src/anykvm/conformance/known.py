@@ -12,7 +12,8 @@ with that kernel's profile), then after scenarios::
     fields = ["rax"]
     reason = "..."
 
-``through`` names other records of the same kernel: what differs from those, on either side, is known here as well.
+``through`` names other records of the same kernel: what is compared with these is compared with those, and what differs
+from those, on either side, is known here as well.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def known(expected: str, got: str, scenario: str) -> list[Known]:
     """
     through = tables(expected).get(_THROUGH)
     found = list(_direct(expected, got, scenario))
-    if through:
+    if through and table(through, got.partition(":")[0]):  # what those are compared with as well
         found += [*_direct(through, expected, scenario), *_direct(through, got, scenario)]
     return found
 
