@@ -167,7 +167,7 @@ static void after_failed_delivery(struct ak_vcpu *v)
         v->env->eip = v->deliver_eip;
         v->event.injected = 0;
     }
-    v->delivering = v->deliver_soft = 0;
+    v->delivering = v->deliver_soft = v->table_fault = 0;
 }
 
 /* Translated code keeps a constant stack pointer, so the return address of a helper it calls stands at a fixed distance

@@ -128,8 +128,9 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
     queue_exception(v, vector);
     v->event.pending = 0;
     v->event.injected = !env->exception_is_int;
+    v->table_fault = v->table_fault && vector == EXCP_PF;
     deliver(v, deliver_exception);
-    v->event.injected = 0;
+    v->event.injected = v->table_fault = 0;
     v->deliver_soft = 0;
 }
 
