@@ -94,10 +94,10 @@ def walk_operands(lab: Lab) -> None:
 
 @scenario("abandoned_mmio_kept", area=AREA)
 def abandoned_mmio_kept(lab: Lab) -> None:
-    """PUSHA over a device into pages whose table has no slot: its writes are dropped, exit_reason stays MMIO (T14).
+    """PUSHA over a device into pages whose table no slot has: the writes are dropped, but exit_reason stays.
 
-    The processor stores from the lowest address on and so meets the table; KVM's emulator pushes from the highest on and
-    so meets the device, then the page fault. Its handler reads memory that the host does not have: EFAULT.
+    T14. The processor stores from the lowest address on and so meets the table; KVM's emulator pushes from the highest
+    on and so meets the device, then the page fault. Its handler reads memory that the host does not have: EFAULT.
     """
     m, host = _machine(lab), inaccessible(PAGE)
     boundary, unbacked = TEST + 0x200000, TEST + 0x400000
