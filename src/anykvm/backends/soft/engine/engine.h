@@ -236,6 +236,7 @@ struct ak_vcpu {
     u64 deliver_eip;          /* eip to go back to when delivery faults (software interrupts) */
     u64 deliver_rsp;
     u32 deliver_soft;
+    uintptr_t descriptor_pc;  /* where translated code last called a helper that loads descriptors */
     u32 table_fault;          /* what is delivered is a page fault for want of a table's slot */
     u32 single_step_sse;      /* MXCSR has an unmasked exception: instruction by instruction */
     u64 emulate_rip;          /* where the instruction waits for a read's answer */
@@ -437,7 +438,6 @@ u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15]);
 u32 ak_peek_instruction(struct ak_vcpu *v, u8 bytes[15]);
 bool ak_kvm_emulates(struct ak_vcpu *v);
 bool ak_one_memory_operand(struct ak_vcpu *v);
-bool ak_loads_descriptor(struct ak_vcpu *v);
 
 /* emulate.c */
 void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));

@@ -104,15 +104,29 @@ bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx)
            ak_data_pfn(v, t.gpa, AK_WRITE, &t) == KVM_PFN_ERR_RO_FAULT;
 }
 
-/* KVM's emulator reads and writes descriptors as memory only (linear_read_system(), linear_write_system()). */
+/* An access of a helper that loads descriptors, to one: KVM's emulator reads and writes those as memory only
+ * (linear_read_system(), linear_write_system()). */
 static bool is_descriptor(struct ak_vcpu *v, u64 addr, uintptr_t retaddr)
 {
     const struct CPUX86State *env = v->env;
-    if (addr - env->gdt.base > env->gdt.limit && addr - env->ldt.base > env->ldt.limit)
-        return false;
-    cpu_restore_state_x86_64(v->cpu, retaddr, true);
-    return ak_loads_descriptor(v);
+    bool in_ldt = (env->ldt.selector & ~3u) && addr - env->ldt.base <= env->ldt.limit;
+    return retaddr && retaddr == v->descriptor_pc && (in_ldt || addr - env->gdt.base <= env->gdt.limit);
 }
+
+#define LOADS_DESCRIPTORS(name, parameters, arguments)                                                                 \
+    extern void __real_helper_##name##_x86_64 parameters;                                                              \
+    void __wrap_helper_##name##_x86_64 parameters                                                                      \
+    {                                                                                                                  \
+        ak_current->descriptor_pc = GETPC();                                                                           \
+        __real_helper_##name##_x86_64 arguments; /* a jump: its GETPC() is ours */                                     \
+    }
+LOADS_DESCRIPTORS(load_seg, (struct CPUX86State *env, int reg, int selector), (env, reg, selector))
+LOADS_DESCRIPTORS(lldt, (struct CPUX86State *env, int selector), (env, selector))
+LOADS_DESCRIPTORS(ltr, (struct CPUX86State *env, int selector), (env, selector))
+LOADS_DESCRIPTORS(ljmp_protected, (struct CPUX86State *env, int cs, u64 eip, u64 next), (env, cs, eip, next))
+LOADS_DESCRIPTORS(lcall_protected, (struct CPUX86State *env, int cs, u64 eip, int shift, u64 next),
+                  (env, cs, eip, shift, next))
+LOADS_DESCRIPTORS(lret_protected, (struct CPUX86State *env, int shift, int addend), (env, shift, addend))
 
 /* No slot has a page table. Nested paging tells KVM the address of its entry, for which the instruction is emulated; whose
  * own walk finds no table, and that is the guest's page fault. A delivery cannot be emulated (suberror 3); but of a page

@@ -124,25 +124,3 @@ bool ak_one_memory_operand(struct ak_vcpu *v)
         return false;
     return !((op >= 0xa4 && op <= 0xa7) || op == 0x8f || (op == 0xff && group == 6)); /* MOVS, CMPS, POP, PUSH */
 }
-
-/* The instruction at RIP loads a segment register, LDTR or TR, as KVM's emulator does. */
-bool ak_loads_descriptor(struct ak_vcpu *v)
-{
-    u8 code[15] = {0};
-    struct prefixes p = {0};
-    u32 size = ak_instruction_bytes(v, code), n = skip_prefixes(v, code, size, &p);
-    if (n + 1 >= size)
-        return false;
-    u8 op = code[n], second = code[n + 1], group = (op == 0x0f && n + 2 < size ? code[n + 2] : second) >> 3 & 7;
-    switch (op) {
-    case 0x07: case 0x17: case 0x1f: case 0x8e: case 0x9a: case 0xc4: case 0xc5: case 0xca: case 0xcb: case 0xea: return true;
-    case 0xff: return group == 3 || group == 5;
-    case 0x0f: break;
-    default: return false;
-    }
-    switch (second) {
-    case 0xa1: case 0xa9: case 0xb2: case 0xb4: case 0xb5: return true;
-    case 0x00: return group == 2 || group == 3;
-    default: return false;
-    }
-}
