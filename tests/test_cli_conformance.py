@@ -16,7 +16,7 @@ from anykvm.cli import main
 from anykvm.conformance import golden, load, read_records
 from anykvm.conformance import record as recorder
 from anykvm.conformance.golden_file import ABOUT, END
-from anykvm.conformance.records_of import Records
+from anykvm.conformance.records_of import Records, kernel_records
 from anykvm.conformance.report import compare, html
 from vmm_helpers import anykvm, assert_one_line, command, environment, require_soft
 
@@ -57,7 +57,7 @@ def test_compare_records_now_and_finds_what_a_profile_does_otherwise(tmp_path: P
     done = anykvm(*command, "--scenario", "unmapped_read", "--html", page, "--verbose")
     assert done.returncode == 1
     assert "unmapped_read.read8.exit_reason: expected 0, got 39" in done.stdout
-    assert re.search(r"soft:linux-7.3: soft, profile linux-7.3 \(.*\): 1 of 1 scenarios agree", done.stdout)
+    assert re.search(r"soft:linux-7.3: soft, profile linux-7.3 \(.*\): scenarios that agree: 1 of 1\n", done.stdout)
     assert "MEMORY_FAULT" in page.read_text()
 
 
@@ -159,7 +159,7 @@ def test_the_page_needs_nothing_else_and_escapes() -> None:
     assert "agrees" in page and "1 difference" in page and "read8" in page
     assert not re.search(r"(src|href)=(?!\"#)", page)
     assert re.search(
-        r"read8</td><td>ret</td><td>0</td>\s*<td class=\"none\">same</td>\s*<td class=\"differs\">-1</td>", page
+        r"read8</td><td>ret</td><td>0</td>\s*<td class=\"agrees\">same</td>\s*<td class=\"differs\">-1</td>", page
     )
 
 
@@ -167,14 +167,49 @@ def test_areas_count_and_differences_of_several_are_side_by_side() -> None:
     expected, other, third = records(a=0, b=0), records(a=0, b=1), records(a=2, b=3)
     comparison = compare(expected, [expected, other, third])
     (area,) = comparison.areas
-    assert (area.name, area.agreeing, comparison.agreeing) == ("unmapped", [1, 0, 0], [1, 0, 0])
-    lines = {(line.step, line.field): (line.expected, line.got) for line in area.rows[0].lines}
-    assert lines == {("b", "ret"): (0, [None, 1, 3]), ("a", "ret"): (0, [None, None, 2])}
+    agreeing = [tally.agrees for tally in area.tallies]
+    assert (area.name, agreeing, area.tallies) == ("unmapped", [1, 0, 0], comparison.tallies)
+    lines = {
+        (line.step, line.field): (line.expected, [shown.text for shown in line.got]) for line in area.rows[0].lines
+    }
+    assert lines == {("b", "ret"): (0, ["same", "1", "3"]), ("a", "ret"): (0, ["same", "same", "2"])}
     assert area.rows[0].differs and not area.rows[0].settled
 
 
 def test_a_scenario_without_records_is_not_an_agreement() -> None:
     comparison = compare(records(read8=0), [Records("empty", {})])
     assert comparison.rows[0].cells[0].verdict == "not recorded"
-    assert (comparison.agreeing, comparison.differing) == ([0], 0)
+    assert (comparison.tallies[0].text, comparison.differing) == ("0 of 1, 1 not recorded", 0)
     assert compare(records(read8=0), [records(read8=0)], names=["other"]).rows == []
+
+
+def test_beside_one_that_differs_one_without_records_is_not_the_same() -> None:
+    comparison = compare(records(read8=0), [records(read8=1), Records("empty", {})])
+    (line,) = comparison.rows[0].lines
+    assert [(shown.kind, shown.text) for shown in line.got] == [("differs", "1"), ("none", "not recorded")]
+    assert re.search(r'<td class="differs">1</td>\s*<td class="none">not recorded</td>', html(comparison))
+
+
+def test_known_differences_have_a_reason_and_are_no_failure(tmp_path: Path) -> None:
+    """A file as of soft:linux-7.3 with one value of `fpu` that is known to differ, then with one that is not."""
+    written = [record.copy() for record in kernel_records("linux-7.3").scenarios["fpu"]]
+    (step,) = [record for record in written if record["s"] == "fresh_guest_sees"]
+    step["rax"] = "0x123"
+    about = {"n": ABOUT, "date": "2026-11-22", "backend": "soft", "profile": "linux-7.3"}
+
+    def compared() -> subprocess.CompletedProcess[str]:
+        path.write_text("".join(json.dumps(line) + "\n" for line in (about, *written, {"n": END})))
+        return anykvm("conformance", "compare", "linux-7.3", path, "--scenario", "fpu", "-v", "--html", page)
+
+    path, page = tmp_path / "soft.jsonl", tmp_path / "page.html"
+    done = compared()
+    assert done.returncode == 0 and "scenarios that agree: 0 of 1, 1 known\n" in done.stdout
+    assert re.search(r"known: fpu\.fresh_guest_sees\.rax: expected 0x\w+, got 0x123: KVM_SET_FPU does not", done.stdout)
+    assert re.search(r'<td class="known">0x123</td>\s*<td class="why">KVM_SET_FPU does not', page.read_text())
+    step["rip"] = "0x456"
+    done = compared()
+    assert done.returncode == 1 and "agree: 0 of 1, 1 differs\n" in done.stdout
+    assert re.search(r"1 difference, 1 known", done.stdout)
+    assert re.search(r"soft.jsonl: fpu\.fresh_guest_sees\.rip: expected 0x\w+, got 0x456\n", done.stdout)
+    about["profile"] = "documented"  # of which nothing is known
+    assert "2 differences" in compared().stdout

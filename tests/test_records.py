@@ -1,4 +1,4 @@
-"""The oracle's records: against the golden file; soft and this machine's KVM against them; `records_scope.toml`."""
+"""The oracle's records: against the golden file; soft and this machine's KVM against them; `differences`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
 from anykvm.conformance import Difference, by_scenario, compare_scenario, golden, load, read_records
 from anykvm.conformance.golden_file import ABOUT, END, Record
+from anykvm.conformance.known import Known, judge, known, table
 from anykvm.conformance.records_of import kernel_names, kernel_records
 from conftest import probe
 from vmm_helpers import record_on_soft
@@ -21,12 +21,12 @@ from vmm_helpers import record_on_soft
 FOLDER: Final = Path(__file__).parent.parent / "src/anykvm/conformance/records"
 ORACLE: Final = kernel_records("linux-7.3").scenarios
 GOLDEN: Final = golden("linux-7.3-npt")
-SCOPE: Final[dict[str, dict[str, dict[str, Any]]]] = tomllib.loads(
-    Path(__file__).with_name("records_scope.toml").read_text()
-)
-IN_BOTH: Final = [name for name in GOLDEN if "skip" not in SCOPE["golden"].get(name, {})]
+KERNEL: Final = "linux-7.3"
+OF_GOLDEN: Final = table("linux-7.3-npt", KERNEL)
+OF_SOFT: Final = table(KERNEL, "soft")
+IN_BOTH: Final = [name for name in GOLDEN if "status" not in OF_GOLDEN.get(name, {})]
 ONLY_HERE: Final = [name for name in ORACLE if name not in GOLDEN]
-STATUS: Final = {name: SCOPE["soft"].get(name, {}).get("status", "compared") for name in ONLY_HERE}
+STATUS: Final = {name: OF_SOFT.get(name, {}).get("status", "compared") for name in ONLY_HERE}
 COMPARED: Final = [name for name in ONLY_HERE if STATUS[name] == "compared"]
 NOT_YET: Final = [name for name in ONLY_HERE if STATUS[name] == "not yet"]
 SECONDS: Final = 10
@@ -37,18 +37,12 @@ OLDEST: Final = (6, 12)
 """The oldest kernel of which there are records."""
 
 
-def exceptions(side: str) -> list[tuple[str, str, str]]:
-    return [
-        (name, step, field)
-        for name, entry in SCOPE[side].items()
-        for part in entry.get("except", ())
-        for step in part["steps"]
-        for field in part.get("fields", ("*",))
-    ]
+def of_golden(name: str) -> list[Known]:
+    return known("linux-7.3-npt", KERNEL, name)
 
 
-def left_out(side: str, name: str) -> list[tuple[str, str]]:
-    return [(step, field) for scenario, step, field in exceptions(side) if scenario == name]
+def of_soft(name: str) -> list[Known]:
+    return known(KERNEL, f"soft:{KERNEL}", name)
 
 
 def told(differences: list[Difference]) -> str:
@@ -78,37 +72,36 @@ def test_a_file_has_every_scenario_and_none_broke_off(name: str) -> None:
     assert not broken
 
 
-def test_the_table_is_whole_and_has_reasons() -> None:
-    assert SCOPE["soft"].keys() <= set(ONLY_HERE)
+def test_the_tables_are_whole_and_have_reasons() -> None:
+    assert OF_SOFT.keys() <= set(ONLY_HERE) and OF_GOLDEN.keys() <= GOLDEN.keys()
     assert set(STATUS.values()) == {"compared", "not yet", "out"}
-    assert SCOPE["golden"].keys() <= GOLDEN.keys()
-    for entry in (*SCOPE["golden"].values(), *SCOPE["soft"].values()):
+    for entry in (*OF_GOLDEN.values(), *OF_SOFT.values()):
         assert all(part["reason"] for part in entry.get("except", ()))
-        assert entry.get("skip", entry.get("reason")) or entry.get("except")
+        assert entry.get("reason") or entry.get("except")
 
 
 @pytest.mark.parametrize("name", IN_BOTH)
 def test_the_python_scenario_and_the_c_program_saw_the_same(name: str) -> None:
-    differences = compare_scenario(name, GOLDEN[name], ORACLE[name], left_out("golden", name))
-    assert not differences, told(differences)
+    unknown = judge(name, GOLDEN[name], ORACLE[name], of_golden(name)).unknown
+    assert not unknown, told(unknown)
 
 
-@pytest.mark.parametrize(("name", "step", "field"), exceptions("golden"))
-def test_an_exception_from_the_golden_file_is_needed(name: str, step: str, field: str) -> None:
-    without = [pair for pair in left_out("golden", name) if pair != (step, field)]
-    assert compare_scenario(name, GOLDEN[name], ORACLE[name], without), "this agrees: take it off the table"
+@pytest.mark.parametrize(("name", "exception"), [(name, entry) for name in IN_BOTH for entry in of_golden(name)])
+def test_an_exception_from_the_golden_file_is_needed(name: str, exception: Known) -> None:
+    others = [entry for entry in of_golden(name) if entry != exception]
+    assert judge(name, GOLDEN[name], ORACLE[name], others).unknown, "this agrees: take it off the table"
 
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_soft_agrees(name: str, recorded: dict[str, list[Record]]) -> None:
-    differences = compare_scenario(name, ORACLE[name], recorded[name], left_out("soft", name))
-    assert not differences, told(differences)
+    unknown = judge(name, ORACLE[name], recorded[name], of_soft(name)).unknown
+    assert not unknown, told(unknown)
 
 
-@pytest.mark.parametrize(("name", "step", "field"), exceptions("soft"))
-def test_an_exception_of_soft_is_needed(name: str, step: str, field: str, recorded: dict[str, list[Record]]) -> None:
-    without = [pair for pair in left_out("soft", name) if pair != (step, field)]
-    assert compare_scenario(name, ORACLE[name], recorded[name], without), "this agrees now: take it off the table"
+@pytest.mark.parametrize(("name", "exception"), [(name, entry) for name in COMPARED for entry in of_soft(name)])
+def test_an_exception_of_soft_is_needed(name: str, exception: Known, recorded: dict[str, list[Record]]) -> None:
+    others = [entry for entry in of_soft(name) if entry != exception]
+    assert judge(name, ORACLE[name], recorded[name], others).unknown, "this agrees now: take it off the table"
 
 
 @pytest.mark.parametrize("name", NOT_YET)

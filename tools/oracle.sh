@@ -17,7 +17,7 @@ done
 # The annotate layer explains a real kernel's bare EFAULTs, whose causes a userfaultfd has told before.
 "$bin/anykvm" oracle --kernel 7.3 --smp 2 --timeout 600 -- "$bin/python" tests/annotate_real.py 700 || changed=1
 ANYKVM_ORACLE=1 "$bin/python" -m pytest tests/test_oracle.py tests/test_records.py
-# What soft does otherwise, and why, is in tests/records_scope.toml and tests/golden_scope.toml.
+# What soft does otherwise, and why, is in src/anykvm/conformance/differences.
 "$bin/anykvm" conformance compare linux-7.3 linux-6.12 soft:linux-7.3 --html oracle.html >"$out/table" || true
 echo "make oracle: done; open oracle.html"
 exit "$changed"

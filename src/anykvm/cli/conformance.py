@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 from rich.console import Console
@@ -27,8 +27,8 @@ you need: scenarios send it bad input. Exit code: 2 wrong usage; 3 the backend c
 COMPARE_HELP = """Compare records with those expected.
 
 Each is a kernel's name (see `anykvm conformance list`), a file of records, or soft, soft:PROFILE or device to record
-now. The table counts the scenarios of each area that agree, and names the others. Exit code: 0 if all
-agree, 1 if not."""
+now. The table counts the scenarios of each area that agree, and names the others. A difference that is known, with its
+reason (see --verbose, or the page), is no failure. Exit code: 0 if there is no other, 1 if there is."""
 
 app = typer.Typer(help=HELP, add_completion=False, rich_markup_mode=None)
 app.command("random", help=sequences.HELP)(sequences.random)
@@ -97,7 +97,7 @@ def compare(
     scenarios: Scenarios = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.")] = None,
     json: JsonOption = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print each difference.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print each difference, and why if known.")] = False,
 ) -> None:
     """Compare and print a table."""
     _check(scenarios)
@@ -152,13 +152,18 @@ def _plain(comparison: report.Comparison) -> dict[str, object]:
     return {
         "expected": comparison.expected,
         "compared": comparison.titles,
-        "agreeing": comparison.agreeing,
+        "agreeing": [tally.agrees for tally in comparison.tallies],
+        "known": [tally.known for tally in comparison.tallies],
         "scenarios": [
             {
                 "name": row.name,
                 "area": row.area,
                 "cells": [
-                    {"verdict": cell.verdict, "differences": [d._asdict() for d in cell.differences]}
+                    {
+                        "verdict": cell.verdict,
+                        "differences": [difference._asdict() for difference in cell.differences],
+                        "known": [{**difference._asdict(), "reason": why} for difference, why in cell.known],
+                    }
                     for cell in row.cells
                 ],
             }
@@ -167,9 +172,11 @@ def _plain(comparison: report.Comparison) -> dict[str, object]:
     }
 
 
-def _coloured(cell: report.Cell) -> str:
-    colour = "dim" if not cell.recorded else "red" if cell.differences else "green"
-    return f"[{colour}]{cell.verdict}[/]"
+_COLOURS: Final = {"agrees": "green", "known": "yellow", "differs": "red", "none": "dim"}
+
+
+def _coloured(kind: str, text: str) -> str:
+    return f"[{_COLOURS[kind]}]{text}[/]"
 
 
 def _show(comparison: report.Comparison, verbose: bool) -> None:
@@ -177,18 +184,18 @@ def _show(comparison: report.Comparison, verbose: bool) -> None:
     console.print(f"expected: [bold]{escape(comparison.expected)}[/]", soft_wrap=True)
     table = Table(*map(_whole, ("area", "scenario")), *map(escape, comparison.labels))
     for area in comparison.areas:
-        whole = len(area.rows)
-        counts = [f"[{'green' if count == whole else 'bold'}]{count} of {whole}[/]" for count in area.agreeing]
+        counts = [_coloured(tally.kind, tally.text) for tally in area.tallies]
         table.add_row(f"[bold]{escape(area.name)}[/]", "", *counts)
         for row in area.rows:
             if not row.settled:
-                table.add_row("", escape(row.name), *map(_coloured, row.cells))
+                table.add_row("", escape(row.name), *(_coloured(cell.kind, cell.verdict) for cell in row.cells))
     console.print(table)
-    for label, title, count in zip(comparison.labels, comparison.titles, comparison.agreeing, strict=True):
-        found = f"{label}: {title}: {count} of {len(comparison.rows)} scenarios agree"
-        console.print(escape(found), soft_wrap=True)
+    for label, title, tally in zip(comparison.labels, comparison.titles, comparison.tallies, strict=True):
+        console.print(escape(f"{label}: {title}: scenarios that agree: {tally.text}"), soft_wrap=True)
     if verbose:
         for row in comparison.rows:
             for label, cell in zip(comparison.labels, row.cells, strict=True):
                 for difference in cell.differences:
                     console.print(escape(f"{label}: {difference}"), soft_wrap=True)
+                for difference, reason in cell.known:
+                    console.print(escape(f"{label}: known: {difference}: {reason}"), soft_wrap=True)

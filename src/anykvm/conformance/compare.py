@@ -65,6 +65,15 @@ def compare_scenario(
     return differences
 
 
+def labelled(records: Iterable[Record]) -> dict[str, Record]:
+    """Give a scenario's records by the names that differences have for them: ``read``, ``read#2`` for the second.
+
+    >>> list(labelled([{"n": "x", "s": "read"}, {"n": "x", "s": "read"}]))
+    ['read', 'read#2']
+    """
+    return {_label(key): record for key, record in _steps(records, set()).items()}
+
+
 def _steps(records: Iterable[Record], left_out: set[tuple[str, str]]) -> dict[Key, Record]:
     seen: Counter[str] = Counter()
     steps: dict[Key, Record] = {}

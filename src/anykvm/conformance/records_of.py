@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,8 @@ class Records(NamedTuple):
     scenarios: dict[str, list[Record]]
     label: str = ""
     """How it was asked for, for the head of a column."""
+    of: str = ""
+    """Whose they are, as ``known`` knows it: ``linux-7.3``, ``soft:linux-7.3``; empty where a file does not say."""
 
 
 def kernel_names() -> list[str]:
@@ -43,7 +46,20 @@ def from_file(path: Path) -> Records:
     if not all(isinstance(record, dict) and "n" in record for record in records):
         raise ValueError(f"{path.name}: not a file of records")
     about = next((record for record in records if record["n"] == ABOUT), None)
-    return Records(title(about) if about else path.name, by_scenario(records))
+    return Records(title(about) if about else path.name, by_scenario(records), of=owner(about) if about else "")
+
+
+def owner(about: Record) -> str:
+    """Say whose records a file's first line announces: a kernel's by its two numbers, or the soft backend's.
+
+    >>> owner({"n": "ABOUT", "backend": "soft", "profile": "linux-7.3"})
+    'soft:linux-7.3'
+    >>> owner({"n": "ABOUT", "backend": "device", "kernel": "7.3.4+deb13-amd64"})
+    'linux-7.3'
+    """
+    if about["backend"] == "soft":
+        return f"soft:{about['profile']}"
+    return "linux-" + ".".join(re.findall(r"\d+", about["kernel"])[:2])
 
 
 def title(about: Record) -> str:
@@ -74,7 +90,7 @@ def _found(spec: str, names: list[str] | None, started: Callable[[str], None]) -
     if spec in kernel_names():
         return kernel_records(spec)
     if spec in golden_names():
-        return Records(f"golden file {spec}", golden(spec))
+        return Records(f"golden file {spec}", golden(spec), of=spec)
     path = Path(spec)
     if not path.exists():
         known = ", ".join((*kernel_names(), *golden_names(), "soft", "soft:PROFILE", "device"))
@@ -93,4 +109,4 @@ def _recorded(kind: str, profile: str | None, names: list[str] | None, started: 
     about = recorder.about(made)
     del made
     records = recorder.record(chosen, lambda: make_backend(kind, profile), started)
-    return Records(title(about), by_scenario(records))
+    return Records(title(about), by_scenario(records), of=owner(about))

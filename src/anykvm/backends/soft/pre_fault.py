@@ -23,9 +23,8 @@ def pre_fault_memory(file: VcpuFile, arg: int) -> int:
 
     ``gpa`` and ``size`` are moved past what was done, and the result is 0 if that is anything. A page that fails as
     private or guest_memfd memory sets ``exit_reason`` and ``memory_fault`` in kvm_run, even then.
-    Refused, at the first page: ENOENT (no slot), EFAULT, EHWPOISON, ENOMEM, EINTR (a poisoned page of ordinary memory:
-    with SIGBUS); EFAULT, and EINVAL for flags and a range that is empty, unaligned or wraps. It is not interrupted by
-    signals, unlike the kernel's.
+    Refused, at the first page: ENOENT (no slot), EFAULT, EHWPOISON, ENOMEM, EINTR (a signal; a poisoned page of
+    ordinary memory, with SIGBUS); EFAULT, and EINVAL for flags and a range that is empty, unaligned or wraps.
     """
     request = copy_from_user(kvm_pre_fault_memory, arg)
     gpa, size = request.gpa, request.size

@@ -242,6 +242,30 @@ def gmem_default_bind_arguments(lab: Lab) -> None:
     lab.step("by_v1", m.slot(2, _OTHER, PAGE, host, _GMEM))
 
 
+@scenario("gmem_default_bind_order", area=AREA, needs=NEEDS)
+def gmem_default_bind_order(lab: Lab) -> None:
+    """Two things wrong at once: first the offset (row 9), then overlaps (18), the file (19), and the addresses (20).
+
+    And the first form of the ioctl refuses the flag (row 3), even if descriptor 0, which it implies, is a guest_memfd.
+    """
+    m = lab.machine()
+    fd = _file(lab, m)
+    if fd is None:
+        return
+    host = file_mapping(fd, _SIZE)
+    m.slot(5, _OTHER, PAGE, anonymous(PAGE))
+    for step, gpa, size, number, offset in (
+        ("unaligned_and_not_open", TEST, PAGE, 999, 8),
+        ("wraps_and_not_open", TEST, 2 * PAGE, 999, (1 << 64) - PAGE),
+        ("overlapping_and_not_open", _OTHER, PAGE, 999, 0),
+        ("beyond_physical_and_not_open", 1 << 52, PAGE, 999, 0),
+    ):
+        lab.step(step, m.slot2(1, gpa, size, host, _GMEM, number, offset))
+    os.dup2(fd, 0)
+    lab.step("by_v1_as_descriptor_0", m.slot(1, TEST, PAGE, host, _GMEM))
+    lab.step("by_v2_as_descriptor_0", m.slot2(1, TEST, PAGE, host, _GMEM, 0, 0))
+
+
 @scenario("gmem_plain", area=AREA, needs=NEEDS)
 def gmem_plain(lab: Lab) -> None:
     """A guest_memfd that cannot be mapped, in an ordinary VM: nothing is private, so the host's is used."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from typing import Final
 
 from anykvm.abi import constants as c
@@ -21,6 +23,7 @@ AREA = "pre_fault"
 NEEDS: Final = ("pre_fault",)
 _SIZE: Final = 16 * PAGE
 _ALARM: Final = 0.5
+_SETTLE: Final = 0.2
 
 
 def _machine(lab: Lab) -> Machine:
@@ -60,7 +63,7 @@ def pre_fault_fields(lab: Lab) -> None:
 
 @scenario("pre_fault_signal", area=AREA, needs=NEEDS)
 def pre_fault_signal(lab: Lab) -> None:
-    """A signal that is pending ends it with EINTR before any progress, unless the thread has it blocked."""
+    """A pending signal that the thread has blocked does not end it, whatever KVM_SET_SIGNAL_MASK opens for KVM_RUN."""
     m = _machine(lab)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     signal.raise_signal(signal.SIGUSR1)
@@ -68,6 +71,40 @@ def pre_fault_signal(lab: Lab) -> None:
     m.vcpu.set_signal_mask(())
     pre_fault(lab, m, "open_in_KVM_RUN_only", TEST, PAGE)
     lab.note("after", still_pending=signal.SIGUSR1 in signal.sigpending())
+
+
+@scenario("pre_fault_signal_at_entry", area=AREA, needs=(*NEEDS, "smp"))
+def pre_fault_signal_at_entry(lab: Lab) -> None:
+    """A signal that came while it waited for the vCPU, which another thread ran, ends it before the first page."""
+    m = _machine(lab)
+    m.at(code.SPIN)
+    waiting = threading.main_thread().ident or 0
+    began = threading.Event()
+
+    def run_guest() -> None:
+        began.set()
+        attempt(m.vcpu.ioctl, n.KVM_RUN)
+
+    runner = threading.Thread(target=run_guest)
+
+    def kick() -> None:
+        began.wait()
+        time.sleep(_SETTLE)
+        signal.pthread_kill(waiting, signal.SIGUSR1)
+        time.sleep(_SETTLE)
+        signal.pthread_kill(runner.ident or 0, signal.SIGALRM)
+
+    kicker = threading.Thread(target=kick)
+    runner.start()
+    kicker.start()
+    began.wait()
+    time.sleep(_SETTLE / 2)
+    request = kvm_pre_fault_memory(gpa=TEST, size=2 * PAGE)
+    outcome = attempt(m.vcpu.ioctl, n.KVM_PRE_FAULT_MEMORY, request)
+    runner.join()
+    kicker.join()
+    lab.step("signal_while_it_waited", outcome, gpa=hex(request.gpa), left=request.size, users=lab.signals.users)
+    pre_fault(lab, m, "again", TEST, 2 * PAGE)
 
 
 @scenario("pre_fault_pending_exit", area=AREA, needs=NEEDS)

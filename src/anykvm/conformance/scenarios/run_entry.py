@@ -220,6 +220,20 @@ def vcpu_mutex(lab: Lab) -> None:
     lab.note("order", ended=[hex(value) for value in ended], users=lab.signals.users)
 
 
+@scenario("ioctl_type_before_mutex", area=AREA, needs=("smp",))
+def ioctl_type_before_mutex(lab: Lab) -> None:
+    """A number that is not KVM's is EINVAL at once, while another thread runs the vCPU (row 2); KVM's own wait."""
+    m = lab.machine()
+    m.at(code.SPIN)
+    runner = threading.Thread(target=lambda: attempt(m.vcpu.ioctl, n.KVM_RUN))
+    runner.start()
+    time.sleep(_SETTLE)
+    for number in (0x5401, 0x1280):
+        lab.step(f"{number:#x}", attempt(m.vcpu.ioctl, number), still_runs=runner.is_alive())
+    signal.pthread_kill(runner.ident or 0, signal.SIGALRM)
+    runner.join()
+
+
 @scenario("reset_vector_without_memory", area=AREA)
 def reset_vector_without_memory(lab: Lab) -> None:
     """A new vCPU of a VM that has no memory: its first fetch cannot be emulated."""

@@ -85,6 +85,23 @@ def slot_page_counts(lab: Lab) -> None:
         try_slot(lab, m, step, 1, gpa, pages * PAGE, 0x100000)
 
 
+@scenario("slot_counts_and_overlaps", area=AREA)
+def slot_counts_and_overlaps(lab: Lab) -> None:
+    """A slot over another: EEXIST up to 2^31 - 1 pages, though it reaches beyond physical addresses; EINVAL from there.
+
+    So the number of pages is checked before overlaps (rows 12 and 18), and the highest address after them (row 20).
+    """
+    m, host = _machine(lab)
+    m.slot(1, TEST, 4 * PAGE, host)
+    for step, gpa, pages in (
+        ("2^31-1_over", TEST, (1 << 31) - 1),
+        ("2^31_over", TEST, 1 << 31),
+        ("2^31-1_apart", TEST + 0x100000, (1 << 31) - 1),
+        ("beyond_physical_over", TEST, 1 << 30),
+    ):
+        lab.step(step, m.slot(2, gpa, pages * PAGE, 0x100000))
+
+
 @scenario("slot_wraps", area=AREA)
 def slot_wraps(lab: Lab) -> None:
     """Guest and host ranges that wrap or end at the top of the address space."""

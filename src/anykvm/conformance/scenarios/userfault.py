@@ -11,10 +11,12 @@ from anykvm.conformance.layout import TEST
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.outcome import Outcome
 from anykvm.conformance.scenario import Lab, scenario
+from anykvm.conformance.scenarios.pre_fault import pre_fault
 from anykvm.conformance.uffd import Userfaultfd
 
 AREA = "userfault"
 SIZE = 16 * PAGE
+_ALARM = 0.3
 
 
 def registered(
@@ -54,6 +56,21 @@ def uffd_missing(lab: Lab) -> None:
     m.at(code.READ8, TEST + 3 * PAGE)
     request = kvm_pre_fault_memory(gpa=TEST + 4 * PAGE, size=PAGE)
     lab.step("pre_fault_with_handler", lambda: m.vcpu.ioctl(KVM_PRE_FAULT_MEMORY, request), x=0)
+
+
+@scenario("uffd_pre_fault", area=AREA, needs=("userfaultfd", "pre_fault"))
+def uffd_pre_fault(lab: Lab) -> None:
+    """KVM_PRE_FAULT_MEMORY of a page that nobody brings sleeps until a signal: EINTR, or what was done before it."""
+    m, host = lab.machine(), anonymous(SIZE)
+    faults = registered(lab, m, host)
+    if faults is None:
+        return
+    faults.zero_page(4 * PAGE)
+    for step, page, pages in (("first_page", 0, 2), ("second_page", 4, 2)):
+        lab.signals.start(_ALARM)
+        pre_fault(lab, m, step, TEST + page * PAGE, pages * PAGE)
+        lab.signals.stop()
+        lab.note("signals", **lab.signals.fields())
 
 
 @scenario("uffd_sigbus", area=AREA, needs=("userfaultfd",))

@@ -106,7 +106,7 @@ def host_change(choose: Choose) -> list[Step]:
     """What a VMM may do to its own memory at any time.
 
     No mapping is made that may be written or executed but not read: KVM asks the mapping's flags, the soft backend the
-    processor, which cannot forbid only reading (tests/golden_scope.toml, prot_read).
+    processor, which cannot forbid only reading (conformance/differences, prot_read).
     """
     place = dict(buffer=choose.below(BUFFERS), page=choose.below(10), count=choose.of([1, 1, 1, 2, 4]))
     op = choose.weighted(

@@ -35,6 +35,14 @@ static void stop_emulating(struct ak_vcpu *v)
     v->nlog = v->nreplay = 0;
 }
 
+/* KVM's emulator can do nothing and does not say so: the guest tries the instruction again, until a signal ends KVM_RUN. */
+void ak_emulate_in_vain(struct ak_vcpu *v, uintptr_t retaddr)
+{
+    stop_emulating(v);
+    v->nfragments = 0;
+    ak_leave(v, AK_EXIT_KICKED, retaddr);
+}
+
 /* Between blocks, with emulation on: before the instruction, or after it has retired. True: chain nothing. */
 bool ak_emulate_boundary(struct ak_vcpu *v)
 {

@@ -239,6 +239,8 @@ struct ak_vcpu {
     u64 deliver_rsp;
     u32 deliver_soft;
     u32 deliver_rf;           /* RF is set for the image on the stack only */
+    uintptr_t descriptor_pc;  /* where translated code last called a helper that loads descriptors */
+    u32 table_fault;          /* what is delivered is a page fault for want of a table's slot */
     u32 single_step_sse;      /* MXCSR has an unmasked exception: instruction by instruction */
     u64 emulate_rip;          /* where the instruction waits for a read's answer */
     u64 emulate_gpa;          /* the page that started it */
@@ -318,6 +320,7 @@ u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS]);
 void ak_faults_close(u64 mask);
 bool ak_signals_would_end(const struct ak_vcpu *v, u64 pending);
 u64 ak_signals_block(void);
+u64 ak_signals_defer(void);
 void ak_signals_restore(u64 mask);
 void ak_signals_in_child(void);
 
@@ -392,6 +395,8 @@ struct ak_translation {
     int err;           /* with annotate: the errno */
     u32 annotate;      /* kvm would call kvm_mmu_prepare_memory_fault_exit() */
     u32 flags;         /* of memory_fault */
+    u32 no_table;      /* the guest's page fault is one because no slot has a table, */
+    u64 table_gpa;     /* whose entry would be there */
 };
 int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 int ak_emulator_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
@@ -437,9 +442,11 @@ u64 ak_linear_rip(const struct ak_vcpu *v);
 u32 ak_instruction_bytes(struct ak_vcpu *v, u8 bytes[15]);
 u32 ak_peek_instruction(struct ak_vcpu *v, u8 bytes[15]);
 bool ak_kvm_emulates(struct ak_vcpu *v);
+bool ak_one_memory_operand(struct ak_vcpu *v);
 
 /* emulate.c */
 void ak_emulate_start(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
+void ak_emulate_in_vain(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
 void ak_emulate_alone(struct ak_vcpu *v);
 bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx);
 u32 ak_alone_cflags(const struct ak_vcpu *v);

@@ -136,8 +136,9 @@ void ak_event_hook(struct uc_struct *uc, u32 vector, void *user)
     queue_exception(v, vector);
     v->event.pending = 0;
     v->event.injected = !env->exception_is_int;
+    v->table_fault = v->table_fault && vector == EXCP_PF;
     deliver(v, deliver_exception);
-    v->event.injected = 0;
+    v->event.injected = v->table_fault = 0;
     v->deliver_soft = v->deliver_rf = 0;
 }
 
@@ -329,7 +330,7 @@ void ak_delivery_failed(struct ak_vcpu *v)
         v->event.injected = 0;
     if (v->deliver_rf) /* it was for the stack only */
         v->env->eflags &= ~RFLAGS_RF;
-    v->delivering = v->deliver_soft = v->deliver_rf = 0;
+    v->delivering = v->deliver_soft = v->deliver_rf = v->table_fault = 0;
 }
 
 /* Before entering: what is injected comes first. */

@@ -104,6 +104,59 @@ bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx)
            ak_data_pfn(v, t.gpa, AK_WRITE, &t) == KVM_PFN_ERR_RO_FAULT;
 }
 
+/* An access of a helper that loads descriptors, to one: KVM's emulator reads and writes those as memory only
+ * (linear_read_system(), linear_write_system()). */
+static bool is_descriptor(struct ak_vcpu *v, u64 addr, uintptr_t retaddr)
+{
+    const struct CPUX86State *env = v->env;
+    bool in_ldt = (env->ldt.selector & ~3u) && addr - env->ldt.base <= env->ldt.limit;
+    return retaddr && retaddr == v->descriptor_pc && (in_ldt || addr - env->gdt.base <= env->gdt.limit);
+}
+
+#define LOADS_DESCRIPTORS(name, parameters, arguments)                                                                 \
+    extern void __real_helper_##name##_x86_64 parameters;                                                              \
+    void __wrap_helper_##name##_x86_64 parameters                                                                      \
+    {                                                                                                                  \
+        ak_current->descriptor_pc = GETPC();                                                                           \
+        __real_helper_##name##_x86_64 arguments; /* a jump: its GETPC() is ours */                                     \
+    }
+LOADS_DESCRIPTORS(load_seg, (struct CPUX86State *env, int reg, int selector), (env, reg, selector))
+LOADS_DESCRIPTORS(lldt, (struct CPUX86State *env, int selector), (env, selector))
+LOADS_DESCRIPTORS(ltr, (struct CPUX86State *env, int selector), (env, selector))
+LOADS_DESCRIPTORS(ljmp_protected, (struct CPUX86State *env, int cs, u64 eip, u64 next), (env, cs, eip, next))
+LOADS_DESCRIPTORS(lcall_protected, (struct CPUX86State *env, int cs, u64 eip, int shift, u64 next),
+                  (env, cs, eip, shift, next))
+LOADS_DESCRIPTORS(lret_protected, (struct CPUX86State *env, int shift, int addend), (env, shift, addend))
+
+/* No slot has a page table. Nested paging tells KVM the address of its entry, for which the instruction is emulated; whose
+ * own walk finds no table, and that is the guest's page fault. A delivery cannot be emulated (suberror 3); but of a page
+ * fault that was raised so itself, the oracle's kernels try the instruction again, for ever. An operand at the same offset
+ * in its page as the entry is taken for the entry (emulator_read_write_onepage()): a device access there. */
+static int walk_without_table(struct ak_vcpu *v, u64 addr, enum ak_access access, struct ak_translation *t,
+                              uintptr_t retaddr)
+{
+    if (v->delivering && v->table_fault) {
+        v->event.injected = 0;
+        v->env->old_exception = -1; /* the next is no double fault */
+        ak_leave(v, AK_EXIT_KICKED, retaddr);
+    }
+    if (v->delivering) {
+        v->exit.gpa = t->table_gpa;
+        ak_leave(v, AK_EXIT_DELIVERY, retaddr);
+    }
+    if (access != AK_FETCH) {
+        cpu_restore_state_x86_64(v->cpu, retaddr, true);
+        if (!ak_kvm_emulates(v))
+            ak_emulate_failed(v, 0);
+        if (!((addr ^ t->table_gpa) & ~AK_PAGE_MASK) && ak_one_memory_operand(v)) {
+            t->gpa = t->table_gpa & AK_PAGE_MASK;
+            t->pfn = KVM_PFN_NOSLOT;
+            return AK_WALK_OK;
+        }
+    }
+    return AK_WALK_PF;
+}
+
 /* Replaces the engine's TLB fill: both stages, then one entry that allows no more than this access proved. */
 _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int access, int mmu_idx, _Bool probe,
                               uintptr_t retaddr)
@@ -114,6 +167,8 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
     v->fills++;
     v->interruptible = v->emulation == AK_NATIVE;
     int r = ak_walk(v, addr, access, mmu_idx, true, &t);
+    if (__builtin_expect(r == AK_WALK_PF && t.no_table && !probe, 0))
+        r = walk_without_table(v, addr, access, &t, retaddr);
     if (r == AK_WALK_OK && access == AK_READ && ak_answered(v, t.gpa)) {
         t.pfn = KVM_PFN_NOSLOT; /* the exit's answer counts, whatever the slots have become since */
     } else if (r == AK_WALK_OK && ak_data_pfn(v, t.gpa, access, &t) == KVM_PFN_OK) {
@@ -138,6 +193,7 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
         ak_raise(v, EXCP_GP, 0, retaddr);
     if (r == AK_WALK_PF) {
         v->env->cr[2] = addr;
+        v->table_fault = t.no_table;
         ak_raise(v, EXCP_PF, (int)t.error_code, retaddr);
     }
     if (r == AK_WALK_STAGE2)
@@ -152,6 +208,8 @@ _Bool x86_cpu_tlb_fill_x86_64(struct CPUState *cs, u64 addr, int size, int acces
         v->exit.gpa = t.gpa | (addr & ~AK_PAGE_MASK);
         ak_leave(v, AK_EXIT_DELIVERY, retaddr);
     }
+    if ((device || v->emulation != AK_NATIVE) && is_descriptor(v, addr, retaddr))
+        ak_emulate_in_vain(v, retaddr);
     if (v->emulation == AK_NATIVE) {
         if (!device)
             fault_exit(v, &t, retaddr);

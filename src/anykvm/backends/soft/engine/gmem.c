@@ -234,9 +234,11 @@ static int pre_fault_error(struct ak_vcpu *v, const struct ak_translation *t)
     }
     if (t->pfn == KVM_PFN_ERR_HWPOISON) {
         v->exit.hva = t->fault_hva;
-        ak_signals_enter(v);
         ak_send_hwpoison_signal(v);
-        ak_signals_leave(v);
+        return -EINTR;
+    }
+    if (t->pfn == KVM_PFN_ERR_SIGPENDING) { /* kvm_handle_signal_exit() */
+        v->run->exit_reason = KVM_EXIT_INTR;
         return -EINTR;
     }
     if (t->pfn == KVM_PFN_NOSLOT || t->pfn == KVM_PFN_ERR_RO_FAULT)
@@ -244,25 +246,44 @@ static int pre_fault_error(struct ak_vcpu *v, const struct ak_translation *t)
     return t->pfn == KVM_PFN_OK ? 0 : -EFAULT;
 }
 
+/* One page, during which slots wait. 0 or a negative errno. */
+static int pre_fault_page(struct ak_vcpu *v, u64 gpa)
+{
+    struct ak_translation t = {0};
+    if (ak_signal_pending(v))
+        return -EINTR;
+    ak_guest_enter(v); /* for each page: who changes slots need not wait for all of them */
+    v->in_guest = 1;
+    ak_ticker_arm(v);
+    ak_current = v;
+    v->interruptible = 1;
+    t.is_private = ak_gfn_is_private(v->vm, gpa >> 12);
+    ak_faultin_pfn(v, gpa, AK_READ, &t);
+    v->interruptible = 0;
+    ak_current = NULL;
+    v->in_guest = 0;
+    ak_guest_exit(v);
+    if (v->pokes != v->pokes_seen)
+        ak_pokes_settle(v);
+    return pre_fault_error(v, &t);
+}
+
 /* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): range is the request's gpa and size, moved past what was done. 0
  * if anything was done, else the negative errno of the first page. A page that fails on the way with an annotation
- * leaves it in kvm_run, also when the result is 0. It reads, and follows the attributes. */
+ * leaves it in kvm_run, also when the result is 0; so does a signal that comes while it waits for a page. It reads, and
+ * follows the attributes. */
 int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2])
 {
     int r = 0;
-    u64 size = range[1];
+    u64 size = range[1], mask = ak_signals_defer(); /* one that comes while it waits for the vCPU is pending then */
     ak_vcpu_lock(v);
-    while (range[1]) {
-        ak_guest_enter(v); /* for each page: who changes slots need not wait for all of them */
-        struct ak_translation t = {.is_private = ak_gfn_is_private(v->vm, range[0] >> 12)};
-        ak_faultin_pfn(v, range[0], AK_READ, &t);
-        ak_guest_exit(v);
-        r = pre_fault_error(v, &t);
-        if (r)
-            break;
+    ak_signals_enter(v);
+    v->outer_mask = v->active_mask = mask; /* KVM_SET_SIGNAL_MASK is for KVM_RUN */
+    while (range[1] && !(r = pre_fault_page(v, range[0]))) {
         range[0] += AK_PAGE_SIZE;
         range[1] -= AK_PAGE_SIZE;
     }
+    ak_signals_leave(v);
     ak_vcpu_unlock(v);
     return range[1] == size ? r : 0;
 }

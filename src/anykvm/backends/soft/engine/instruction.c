@@ -11,7 +11,9 @@ static bool kvm_emulates_0f(u8 op, u8 next, const struct prefixes *p)
 {
     u32 group = (next >> 3) & 7;
     switch (op) {
-    case 0x00: case 0x01: case 0x05: case 0x06: case 0x08: case 0x09: case 0x0d: case 0x6f: case 0x7f:
+    case 0x00: /* not VERR, VERW */
+        return group < 4;
+    case 0x01: case 0x05: case 0x06: case 0x08: case 0x09: case 0x0d: case 0x6f: case 0x7f:
     case 0x18 ... 0x1f: case 0x20 ... 0x23: case 0x30 ... 0x35: case 0x40 ... 0x4f: case 0x80 ... 0x9f:
     case 0xa0 ... 0xa5: case 0xa8 ... 0xad: case 0xaf: case 0xb0 ... 0xb7: case 0xbb ... 0xbf: case 0xc0: case 0xc1:
     case 0xc3: case 0xc8 ... 0xcf:
@@ -33,24 +35,30 @@ static bool kvm_emulates_0f(u8 op, u8 next, const struct prefixes *p)
     }
 }
 
+static u32 skip_prefixes(const struct ak_vcpu *v, const u8 *code, u32 size, struct prefixes *p)
+{
+    u32 n = 0;
+    for (; n < size; n++) {
+        u8 b = code[n];
+        if (b == 0x66)
+            p->opsize = true;
+        else if (b == 0xf2 || b == 0xf3)
+            p->repeat = true;
+        else if ((v->env->hflags & HF_CS64_MASK) && (b & 0xf0) == 0x40)
+            p->rex_w = b & 8;
+        else if (!(b == 0x26 || b == 0x2e || b == 0x36 || b == 0x3e || b == 0x64 || b == 0x65 || b == 0x67 || b == 0xf0))
+            break;
+    }
+    return n;
+}
+
 /* Whether KVM's emulator has this instruction, as an access to device memory: its tables lack x87 and SSE arithmetic.
  * Source: opcode_table of arch/x86/kvm/emulate.c. */
 static bool emulates(const struct ak_vcpu *v, const u8 *code, u32 size)
 {
     bool mode64 = v->env->hflags & HF_CS64_MASK;
     struct prefixes p = {0};
-    u32 n = 0;
-    for (; n < size; n++) {
-        u8 b = code[n];
-        if (b == 0x66)
-            p.opsize = true;
-        else if (b == 0xf2 || b == 0xf3)
-            p.repeat = true;
-        else if (mode64 && (b & 0xf0) == 0x40)
-            p.rex_w = b & 8;
-        else if (!(b == 0x26 || b == 0x2e || b == 0x36 || b == 0x3e || b == 0x64 || b == 0x65 || b == 0x67 || b == 0xf0))
-            break;
-    }
+    u32 n = skip_prefixes(v, code, size, &p);
     if (n == size)
         return true; /* not enough seen to say no */
     u8 op = code[n], second = n + 1 < size ? code[n + 1] : 0, group = (second >> 3) & 7;
@@ -102,4 +110,17 @@ bool ak_kvm_emulates(struct ak_vcpu *v)
 {
     u8 bytes[15];
     return emulates(v, bytes, ak_instruction_bytes(v, bytes));
+}
+
+/* emulator_can_use_gpa(): the instruction at RIP has one operand in memory, so that a fault's address can be its. */
+bool ak_one_memory_operand(struct ak_vcpu *v)
+{
+    u8 code[15] = {0};
+    struct prefixes p = {0};
+    u32 size = ak_instruction_bytes(v, code), n = skip_prefixes(v, code, size, &p);
+    u8 op = n < size ? code[n] : 0, group = n + 1 < size ? code[n + 1] >> 3 & 7 : 0;
+    bool string = (op >= 0x6c && op <= 0x6f) || (op >= 0xa4 && op <= 0xa7) || (op >= 0xaa && op <= 0xaf);
+    if (string && p.repeat)
+        return false;
+    return !((op >= 0xa4 && op <= 0xa7) || op == 0x8f || (op == 0xff && group == 6)); /* MOVS, CMPS, POP, PUSH */
 }

@@ -58,8 +58,11 @@ static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation
         w->hva = t->hva | (gpa & ~AK_PAGE_MASK);
     } else if (slot)
         w->hva = slot->hva + (gpa - (slot->base_gfn << 12));
-    else
+    else {
+        t->no_table = 1;
+        t->table_gpa = gpa;
         return page_fault(w, 0, t);
+    }
     u32 why, pfn = KVM_PFN_OK, tries = 0;
     while ((why = (u32)ak_host_load(w->hva, w->size, !w->read_only, entry))) {
         pfn = ak_hva_refused(w->v, w->hva, w->read_only ? AK_READ : AK_WRITE, &why);
@@ -187,12 +190,14 @@ static int walk_tables(struct walk *w, u64 va, int mmu_idx, int levels, bool lma
 }
 
 /* Translate va for an access. Returns AK_WALK_OK with t->gpa and t->prot, AK_WALK_PF with t->error_code, AK_WALK_GP
- * for a non-canonical address, AK_WALK_STAGE2 when a table page cannot be had (t->gpa, t->pfn). */
+ * for a non-canonical address, AK_WALK_STAGE2 when a table page cannot be had (t->gpa, t->pfn). AK_WALK_PF for a table that
+ * no slot has says so (t->no_table, t->table_gpa). */
 int ak_walk(struct ak_vcpu *v, u64 va, enum ak_access access, int mmu_idx, bool effects, struct ak_translation *t)
 {
     const struct CPUX86State *env = v->env;
     bool lma = env->efer & EFER_LMA;
     struct walk w = {.v = v, .access = access, .user = mmu_idx == MMU_USER_IDX, .effects = effects};
+    t->no_table = 0;
     if (!(env->cr[0] & CR0_PG)) {
         t->gpa = (u32)va & (u32)env->a20_mask & AK_PAGE_MASK;
         t->is_private = 0; /* no page tables, so no bit */

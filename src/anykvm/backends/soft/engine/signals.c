@@ -39,6 +39,14 @@ void ak_signals_restore(u64 mask)
     set_mask(&mask, NULL);
 }
 
+/* Let signals wait; returns the mask the thread had. */
+u64 ak_signals_defer(void)
+{
+    u64 old;
+    change_mask(SIG_BLOCK, &everything, &old);
+    return old;
+}
+
 static __thread pid_t this_thread;
 
 void ak_signals_in_child(void)
