@@ -15,6 +15,7 @@ from anykvm import GuestMemory, Hlt, Intr, Io, Mmio, Vcpu
 from machine import CODE, DATA, Machine
 
 HIGH = 0x1000000
+DEVICE = 0x10000000
 
 
 def second(machine: Machine, rip: int, stack: int = 0x50000) -> Vcpu:
@@ -221,3 +222,24 @@ def test_exchange_is_atomic(machine: Machine, register: str) -> None:
     machine.memory.write(0x60100, b"\3")
     together(lambda: halts(machine.vcpu), lambda: halts(other))
     assert {machine.vcpu.get_regs().rax, other.get_regs().rax, machine.memory.read(0x60100, 1)[0]} == {1, 2, 3}
+
+
+def test_a_device_is_read_once_whatever_kicks(machine: Machine) -> None:
+    """A kick just before the instruction runs again with the answer: the answer is kept."""
+    reads, ended, answers = 100_000, threading.Event(), 0
+    machine.long_mode(f"mov ${reads}, %ecx; 1: mov {DEVICE:#x}, %eax; dec %ecx; jnz 1b; hlt")
+
+    def read() -> None:
+        nonlocal answers
+        while isinstance(machine.vcpu.run(), Mmio):
+            answers += 1
+        ended.set()
+
+    def kick() -> None:
+        with GuestMemory(0x1000) as memory:
+            while not ended.is_set():
+                machine.vm.map(memory, DEVICE * 2, 5)
+                machine.vm.set_user_memory_region(5, 0, 0, 0)
+
+    together(read, kick)
+    assert answers == reads

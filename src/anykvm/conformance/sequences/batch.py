@@ -68,13 +68,13 @@ def record_batch(
     """
     if backend != "soft" and not in_oracle():
         raise RuntimeError(_NOT_HERE)
-    with multiprocessing.get_context("fork").Pool(jobs, _end_on_ctrl_c) as pool:
+    with multiprocessing.get_context("fork").Pool(jobs, _leave_ctrl_c) as pool:
         yield from pool.imap_unordered(functools.partial(_record_seed, backend, profile, seconds), seeds)
 
 
-def _end_on_ctrl_c() -> None:
-    # Who asked for the sequences gets it too, and answers for all.
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
+def _leave_ctrl_c() -> None:
+    # To who asked for the sequences, who gets it too and ends us; one that ended by itself may hold the pool's lock.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def parse_seeds(text: str) -> list[int]:

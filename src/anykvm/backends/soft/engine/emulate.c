@@ -53,6 +53,10 @@ bool ak_emulate_boundary(struct ak_vcpu *v)
         v->cpu->cflags_next_tb = ak_alone_cflags(v);
         return true;
     }
+    if (v->nlog && !v->nreplay && v->env->eip == v->emulate_rip) { /* a kick kept its block from running: no answer is used */
+        v->cpu->cflags_next_tb = ak_alone_cflags(v);
+        return true;
+    }
     if (v->stopping && !v->nfragments && v->env->eip == v->emulate_rip && (v->env->regs[R_ECX] & 0x3ff)) {
         /* x86_emulate_instruction(), EMULATION_RESTART: a completion goes on with the next items of a REP */
         v->emulate_reached = 1;
