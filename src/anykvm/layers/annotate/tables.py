@@ -51,8 +51,8 @@ _FIRST_WRITE: Final = names(
     "vmovlps vmovntdq vmovntpd vmovntps vmovq vmovsd vmovss vmovupd vmovups vmptrst vmread vpcompressb vpcompressd "
     "vpcompressq vpcompressw vpextrb vpextrd vpextrq vpextrw vpmaskmovd vpmaskmovq vpmovdb vpmovdw vpmovqb vpmovqd "
     "vpmovqw vpmovsdb vpmovsdw vpmovsqb vpmovsqd vpmovsqw vpmovswb vpmovusdb vpmovusdw vpmovusqb vpmovusqd vpmovusqw "
-    "vpmovuswb vpmovwb vstmxcsr wrssd wrssq wrussd wrussq xsave xsave64 xsavec xsavec64 xsaveopt xsaveopt64 xsaves "
-    "xsaves64"
+    "vpmovuswb vpmovwb vpscatterdd vpscatterdq vpscatterqd vpscatterqq vscatterdpd vscatterdps vscatterqpd "
+    "vscatterqps vstmxcsr wrssd wrssq wrussd wrussq xsave xsave64 xsavec xsavec64 xsaveopt xsaveopt64 xsaves xsaves64"
 )
 _FIRST: Final = {
     **dict.fromkeys(_ADDRESS_ONLY, NOTHING),
@@ -111,6 +111,10 @@ def size_of(cpu: Cpu, insn: Instruction, operand: Any) -> int:
         return size + 2
     if mnemonic == "bound":
         return 2 * size
+    if mnemonic in ("vgf2p8affineqb", "vgf2p8affineinvqb") and operand.size == 1:
+        return 8  # broadcast
+    if mnemonic in ("vpextrq", "vpinsrq") and cpu.bits != 64:
+        return 4  # W is ignored
     if mnemonic in ("call", "jmp") and size == 2:
         return 2  # AMD's; Intel ignores the prefix in 64-bit code
     return int(operand.size) or 1

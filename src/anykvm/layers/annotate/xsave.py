@@ -38,7 +38,7 @@ class Area(NamedTuple):
 def accesses(cpu: Cpu, memory: GuestPhysical, name: str, at: int) -> list[Operand] | None:
     """List the accesses of one such instruction to the area at linear address ``at``; None if XCR0 cannot be had.
 
-    Nothing orders them, but that XRSTOR has to read the header first. A component in its initial state, which XSAVEC,
+    Nothing orders them: XRSTOR needs the header to know its components, and may look at the first page before. A component in its initial state, which XSAVEC,
     XSAVES and XSAVEOPT need not write, counts as written.
     """
     xcr0 = cpu.extended.xcr0
@@ -51,15 +51,15 @@ def accesses(cpu: Cpu, memory: GuestPhysical, name: str, at: int) -> list[Operan
         area = Area(wanted, wanted, name in _COMPACT_SAVES)
         parts = [*_parts(cpu, area), (LEGACY, HEADER if area.compacted else 8)]
         return [Operand(at + offset, size, Access.WRITE, "operand", 2, ordered=False) for offset, size in parts]
-    found = [Operand(head, HEADER, Access.READ, "operand", 1)]
+    found = [Operand(head, HEADER, Access.READ, "operand", 1, ordered=False)]
     state, format = read(cpu, memory, head, 8, system=False), read(cpu, memory, head + 8, 8, system=False)
     if state is None or format is None:
-        return found
+        return [Operand(at, LEGACY + HEADER, Access.READ, "operand", 1, ordered=False)]
     area = Area(wanted & state, format & ~_COMPACTED, bool(format & _COMPACTED))
     parts = list(_parts(cpu, area))
     if wanted & (1 << SSE | 1 << AVX) and _MXCSR not in parts and not area.compacted:
         parts.append(_MXCSR)  # loaded even if the state in memory is the initial one
-    return found + [Operand(at + offset, size, Access.READ, "operand", 2, ordered=False) for offset, size in parts]
+    return found + [Operand(at + offset, size, Access.READ, "operand", 1, ordered=False) for offset, size in parts]
 
 
 def _parts(cpu: Cpu, area: Area) -> Iterator[tuple[int, int]]:
