@@ -12,7 +12,7 @@ from annotate_modes import PAGE
 from anykvm.abi.structures import kvm_regs, kvm_xcrs
 from machine import assemble
 
-VECTOR_MODES: Final = ("long", "compatibility", "pae", "segmented")
+VECTOR_MODES: Final = ("long", "compatibility", "pae")  # in 16-bit code QEMU's CPU has no VEX: #UD
 CR4_OSXSAVE: Final = 1 << 18
 _XCR0: Final = 7
 _MXCSR: Final = 0x1F80

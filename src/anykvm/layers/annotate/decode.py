@@ -14,6 +14,7 @@ from anykvm.layers.annotate.prefixes import ADDRESS, Prefixes, parse, plain
 MAX_LENGTH: Final = 15
 """Bytes of the longest instruction."""
 
+_MODES: Final = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}
 _LOCK: Final = threading.Lock()  # a capstone handle is for one thread at a time
 _ENGINES: Final[dict[int, Any]] = {}
 _FAR: Final = {3: "lcall", 5: "ljmp"}
@@ -76,8 +77,7 @@ def decode(cpu: Cpu, code: bytes) -> Instruction | None:
     """Decode the first instruction of ``code``, which stands at the vCPU's RIP; None if it is none, or is cut off."""
     code = code[:MAX_LENGTH]
     prefixes = parse(code, cpu.bits)
-    written, more = plain(code, cpu.bits, prefixes)
-    bits = 64 if cpu.bits == 64 else 32
+    written, more, bits = plain(code, cpu.bits, prefixes)
     insn = _capstone(bits, written, cpu.regs.rip)
     if insn is not None:
         return Instruction(insn, prefixes, insn.size - more, _name(insn))
@@ -88,8 +88,7 @@ def _capstone(bits: int, code: bytes, rip: int) -> Any | None:
     with _LOCK:
         engine = _ENGINES.get(bits)
         if engine is None:
-            mode = capstone.CS_MODE_64 if bits == 64 else capstone.CS_MODE_32
-            engine = _ENGINES[bits] = capstone.Cs(capstone.CS_ARCH_X86, mode)
+            engine = _ENGINES[bits] = capstone.Cs(capstone.CS_ARCH_X86, _MODES[bits])
             engine.detail = True
         return next(engine.disasm(code, rip, 1), None)
 
@@ -120,8 +119,8 @@ def _without_w(cpu: Cpu, code: bytes, prefixes: Prefixes) -> Instruction | None:
     if len(code) < at + 3 or code[at] != 0xC4 or not code[at + 2] & 0x80:
         return None
     other = code[: at + 2] + bytes((code[at + 2] & 0x7F,)) + code[at + 3 :]
-    written, more = plain(other, cpu.bits, prefixes)
-    insn = _capstone(64 if cpu.bits == 64 else 32, written, cpu.regs.rip)
+    written, more, bits = plain(other, cpu.bits, prefixes)
+    insn = _capstone(bits, written, cpu.regs.rip)
     if insn is None or insn.mnemonic not in _W_IGNORED:
         return None
     return Instruction(insn, prefixes, insn.size - more, insn.mnemonic)

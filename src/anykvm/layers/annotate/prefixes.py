@@ -23,6 +23,7 @@ _CHOSEN: Final = frozenset(
     + (0xC2, *range(0xC3, 0xC8), *range(0xD0, 0x100))
 )
 _COUNTS: Final = frozenset((0xB8, 0xBC, 0xBD))  # POPCNT, TZCNT, LZCNT: F3 makes others of them, F2 and 66 do not
+_BRANCHES: Final = {_ONE_BYTE: (0xE8, 0xE9), _0F: tuple(range(0x80, 0x90))}  # relative ones
 _MOVBE: Final = frozenset((0xF0, 0xF1))  # of 0F 38, and CRC32 with F2
 
 
@@ -82,10 +83,12 @@ def parse(code: bytes, bits: int) -> Prefixes:
     return Prefixes(lock, repeat, segment, data, address, rex, length)
 
 
-def plain(code: bytes, bits: int, found: Prefixes) -> tuple[bytes, int]:
-    """Write the instruction again for Capstone: its bytes, and how many more or fewer they are than in ``code``."""
+def plain(code: bytes, bits: int, found: Prefixes) -> tuple[bytes, int, int]:
+    """Write the instruction again for Capstone: its bytes, how many more they are than in ``code``, the mode's bits."""
     body = code[found.length :]
     table, opcode = _opcode(body, bits)
+    if opcode in _BRANCHES.get(table, ()) and bits != 64 and found.operand_size(bits) == 2:
+        return body, -found.length, 16  # in 32-bit code Capstone reads a displacement of 32 bits behind 66
     repeat, data = found.repeat, found.data
     if table is _ONE_BYTE:
         repeat = repeat if opcode in _STRINGS or opcode == _PAUSE else 0
@@ -101,7 +104,7 @@ def plain(code: bytes, bits: int, found: Prefixes) -> tuple[bytes, int]:
         *([repeat] if repeat else []),  # behind the others: Capstone wants it so
         *([found.rex] if found.rex else []),
     ]
-    return bytes(prefixes) + body, len(prefixes) - found.length
+    return bytes(prefixes) + body, len(prefixes) - found.length, 64 if bits == 64 else 32
 
 
 def _opcode(body: bytes, bits: int) -> tuple[int, int]:

@@ -38,28 +38,36 @@ class Area(NamedTuple):
 def accesses(cpu: Cpu, memory: GuestPhysical, name: str, at: int) -> list[Operand] | None:
     """List the accesses of one such instruction to the area at linear address ``at``; None if XCR0 cannot be had.
 
-    Nothing orders them: XRSTOR needs the header to know its components, and may look at the first page before. A component in its initial state, which XSAVEC,
-    XSAVES and XSAVEOPT need not write, counts as written.
+    Nothing orders them: XRSTOR needs the header to know its components, but may look at the rest before. A component in
+    its initial state, which XSAVEC, XSAVES and XSAVEOPT need not write, counts as written.
     """
     xcr0 = cpu.extended.xcr0
     if xcr0 is None:
         return None
     enabled = xcr0 | (cpu.extended.xss if name in _SUPERVISOR else 0)
     wanted = (cpu.get("edx") << 32 | cpu.get("eax")) & enabled
-    head = at + LEGACY
-    if name not in _RESTORES:
-        area = Area(wanted, wanted, name in _COMPACT_SAVES)
-        parts = [*_parts(cpu, area), (LEGACY, HEADER if area.compacted else 8)]
-        return [Operand(at + offset, size, Access.WRITE, "operand", 2, ordered=False) for offset, size in parts]
-    found = [Operand(head, HEADER, Access.READ, "operand", 1, ordered=False)]
-    state, format = read(cpu, memory, head, 8, system=False), read(cpu, memory, head + 8, 8, system=False)
+    if name in _RESTORES:
+        access, parts = Access.READ, _restored(cpu, memory, at, wanted)
+    else:
+        compacted = name in _COMPACT_SAVES
+        access, parts = Access.WRITE, [*_parts(cpu, Area(wanted, wanted, compacted))]
+        parts.append((LEGACY, HEADER if compacted else 8))
+    found = [Operand(at + offset, size, access, "operand", 1, ordered=False) for offset, size in parts]
+    # A processor may look at all of the legacy part, whatever of it is asked for; QEMU's CPU does.
+    return [*found, Operand(at, LEGACY, access, "operand", 1, ordered=False, certain=False)]
+
+
+def _restored(cpu: Cpu, memory: GuestPhysical, at: int, wanted: int) -> list[tuple[int, int]]:
+    """What XRSTOR reads: the header, and what that says is there."""
+    header = (LEGACY, HEADER)
+    state, format = (read(cpu, memory, at + LEGACY + offset, 8, system=False) for offset in (0, 8))
     if state is None or format is None:
-        return [Operand(at, LEGACY + HEADER, Access.READ, "operand", 1, ordered=False)]
+        return [header]
     area = Area(wanted & state, format & ~_COMPACTED, bool(format & _COMPACTED))
-    parts = list(_parts(cpu, area))
+    parts = [header, *_parts(cpu, area)]
     if wanted & (1 << SSE | 1 << AVX) and _MXCSR not in parts and not area.compacted:
         parts.append(_MXCSR)  # loaded even if the state in memory is the initial one
-    return found + [Operand(at + offset, size, Access.READ, "operand", 1, ordered=False) for offset, size in parts]
+    return parts
 
 
 def _parts(cpu: Cpu, area: Area) -> Iterator[tuple[int, int]]:
