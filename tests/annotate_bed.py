@@ -296,7 +296,7 @@ def run(count: int, seed: int, mode: str = "long") -> Result:
 
 def main(count: int, modes: list[str]) -> int:
     """Make ``count`` faults, as many in each mode, then run all generated opcodes; 0 if all explanations are right."""
-    import annotate_fuzz
+    import annotate_fuzz  # which is built on this module
 
     wrong = 0
     for mode in modes:

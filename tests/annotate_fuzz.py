@@ -12,7 +12,8 @@ from annotate_encodings import PREFIXES, legacy
 from annotate_modes import MODES, PAGE, Mode
 from anykvm.abi.constants import KVM_VCPUEVENT_VALID_SHADOW
 from anykvm.abi.structures import kvm_regs, kvm_sregs, kvm_vcpu_events
-from anykvm.layers.annotate import Cause
+from anykvm.layers.annotate import Cause, decode
+from anykvm.layers.annotate.cpu import Cpu
 
 # The engine reads 16 bytes for these, or 8 for 4; mended in another branch: to be empty when that is merged.
 READS_TOO_MUCH = frozenset(
@@ -115,9 +116,6 @@ class Fuzz(Bed):
 
     def instruction(self) -> str:
         """The mnemonic at RIP, as the layer reads it; empty if it does not."""
-        from anykvm.layers.annotate import decode
-        from anykvm.layers.annotate.cpu import Cpu
-
         cpu = Cpu(self.layer.inner, self.vcpu.fileno())
         at = cpu.linear("cs", cpu.regs.rip) - self.mode.linear("code")
         code = bytes(self.view[self.page["code", 0] * PAGE + at :][:15]) if 0 <= at < PAGE - 15 else b""

@@ -124,7 +124,7 @@ class State:
         if request in self.fails:
             raise OSError(22, "no")
         if request == n.KVM_GET_REGS:
-            kvm_regs.from_address(arg).__init__(**{k: getattr(self.regs, k) for k, *_ in kvm_regs._fields_})  # type: ignore[misc]
+            ctypes.memmove(arg, ctypes.addressof(self.regs), ctypes.sizeof(self.regs))
         elif request == n.KVM_GET_SREGS:
             sregs = kvm_sregs.from_address(arg)
             sregs.cs.l, sregs.cr0, sregs.efer, sregs.fs.base = 1, 1, 1 << 10, 0x700000
