@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ from annotate_fuzz import run as run_opcodes
 from annotate_modes import MODES
 from anykvm import GuestMemory, MemoryFault, abi
 from anykvm.layers.annotate import Access, Annotate, Cause, UnresolvedAccess
+from anykvm.layers.annotate.cpu import Cpu
+from anykvm.layers.annotate.finder import Finder
 from anykvm.layers.annotate.hostmap import HostMap
+from anykvm.layers.annotate.memory import GuestPhysical, Slot
 from fakes import FakeBackend
 from machine import CODE, DATA, IDT, PML4, STACK, Machine
 
@@ -279,6 +283,23 @@ def test_what_is_not_known_makes_a_refused_page_table_ambiguous(machine: Machine
     machine.memory.protect(PML4 + 0x1000, PAGE, 0)
     cause = cause_of(machine)
     assert cause.ambiguous and cause.role == "page table" and "could not be decoded" in cause.reason
+
+
+@pytest.mark.parametrize("source", ["clflush (%rdi)", "clwb (%rdi)", "monitor"])
+def test_a_flush_is_checked_like_a_load_on_hardware(machine: Machine, source: str) -> None:
+    """The engine's never fault; so the search is asked, without a failure."""
+    machine.long_mode(source)
+    machine.set_regs(rdi=0x61000, rax=0x61000)
+    machine.memory.protect(0x61000, PAGE, 0)
+    slots = (Slot(0, 0, 0, 4 << 20, machine.memory.address),)
+    causes = []
+    for hardware in (True, False):
+        with contextlib.closing(HostMap()) as host:
+            cpu = Cpu(machine.kvm.backend, machine.vcpu.fileno())
+            causes.append(Finder(cpu, GuestPhysical(slots, host), hardware=hardware).find())
+    assert causes[1] is None and causes[0] is not None
+    assert (causes[0].gpa, causes[0].access, causes[0].ambiguous) == (0x61000, Access.READ, False)
+    assert causes[0].looks[-1].outcome == "refused, if the access is made"
 
 
 @pytest.mark.parametrize(

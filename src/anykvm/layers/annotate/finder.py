@@ -145,6 +145,8 @@ class Finder:
             outcome, touch = self._check(operand, found.gpa, linear, size, found.entries)
         cached = refused and found.gpa is not None
         shown = f"{outcome}, if its page table, which is refused, was cached" if cached else outcome
+        if not operand.certain:
+            shown += ", if the access is made"
         entries = tuple(found.entries)
         self._looks.append(Look(operand.role, operand.access, linear, size, entries, found.gpa, shown, touch))
         return outcome == _GRANTED
