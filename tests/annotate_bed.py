@@ -295,11 +295,18 @@ def run(count: int, seed: int, mode: str = "long") -> Result:
 
 
 def main(count: int, modes: list[str]) -> int:
-    """Make ``count`` faults, as many in each mode; 0 if all explanations are right."""
+    """Make ``count`` faults, as many in each mode, then run all generated opcodes; 0 if all explanations are right."""
+    import annotate_fuzz  # which is built on this module
+
     wrong = 0
     for mode in modes:
         outcome = run(-(-count // len(modes)), 1, mode)
         print(f"{mode}: {outcome}", *outcome.wrong[:20], sep="\n", flush=True)
+        wrong += len(outcome.wrong)
+    for mode in modes:
+        outcome, known = annotate_fuzz.run(0, 1, mode)
+        print(f"{mode}, opcodes: {outcome}; {len(known)} reads of the engine that are too large", flush=True)
+        print(*outcome.wrong[:20], sep="\n", flush=True)
         wrong += len(outcome.wrong)
     return bool(wrong)
 

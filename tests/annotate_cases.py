@@ -76,8 +76,7 @@ def _sources(bits: int) -> list[str]:
     text = LONG if bits == 64 else LEGACY
     sources = [source.strip() for line in text.strip().splitlines() for source in line.split("|")]
     if bits == 16:
-        # Capstone 5 does not know MOVQ to memory in 16-bit code; then nothing is found, and nothing is claimed.
-        sources = [_sixteen(source) for source in sources if not source.startswith("movq %xmm0")]
+        sources = [_sixteen(source) for source in sources]
     return [source.replace("MOVNTI", f"movnti %eax, (%{'di' if bits == 16 else 'edi'})") for source in sources]
 
 

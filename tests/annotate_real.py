@@ -2,7 +2,8 @@
 
 Each case runs twice. First a userfaultfd watches the pages that are to be refused, and is told by the kernel which it
 needs first, and whether to write: the truth. Then the host refuses them, KVM_RUN fails with EFAULT and says nothing,
-and the layer has to find the same page. To be run where /dev/kvm pages in two dimensions (`make oracle`).
+and the layer has to find the same page. To be run where /dev/kvm pages in two dimensions (`make oracle`). Behind the
+modes' own cases come vector instructions (annotate_vectors.py), as many again.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import time
 from typing import Final
 
 import anykvm
-from annotate_bed import Bed
+from annotate_bed import REFUSALS, Bed
 from annotate_modes import ARENA_GPA, MODES, PAGE, SELECTORS, Mode
+from annotate_vectors import CR4_OSXSAVE, VECTOR_MODES, place, saved, state, templates, xcrs
 from anykvm import Intr
+from anykvm.abi.structures import kvm_regs, kvm_sregs, kvm_vcpu_events
 from anykvm.backends import Backend
 from anykvm.host import libc
 from anykvm.layers.annotate import Access, Cause
@@ -135,6 +138,39 @@ class RealBed(Bed):
         return source, wanted
 
 
+class VectorBed(RealBed):
+    """The same with vector instructions and XSAVE: operands alone are refused, and nothing is delivered."""
+
+    def __init__(self, seed: int, mode: Mode, backend: Backend) -> None:
+        super().__init__(seed, mode, backend)
+        self.user = 0.0
+        self.templates = templates(mode.bits)
+
+    def prepare(self) -> str:
+        source = super().prepare()
+        self.vcpu.set_xcrs(xcrs())
+        self.vcpu.set_xsave(state(self.random, bytes(self.vcpu.get_xsave())))
+        if "xrstor" in source:
+            at = self.vcpu.get_regs().rsi + self.vcpu.get_sregs().ds.base - self.mode.linear("source")
+            self.put("source", at & 0xFFFFFFFF, saved(self.random))
+        return source
+
+    def registers(self, source: str, mnemonic: str, sregs: kvm_sregs, at: int) -> kvm_regs:
+        regs = super().registers(source, mnemonic, sregs, at)
+        sregs.cr4 |= CR4_OSXSAVE
+        self.vcpu.set_sregs(sregs)
+        place(self.random, mnemonic, regs)
+        return regs
+
+    def events(self) -> kvm_vcpu_events:
+        return kvm_vcpu_events()
+
+    def choose(self) -> None:
+        pages = [self.page[area, number] for area in ("source", "target") for number in (0, 1)]
+        for page in self.random.sample(pages, self.random.choice((1, 2, 3))):
+            self.refuse(page, self.random.choice(REFUSALS))
+
+
 def truths(bed: RealBed, count: int) -> dict[int, tuple[int, bool]]:
     """Which page each case needs first of those it will be refused, and whether to write."""
     found = {}
@@ -219,20 +255,26 @@ def compare(bed: RealBed, name: str, truth: tuple[int, bool] | None, cause: obje
         score.access.append(f"{name}: needed write {write}, found {cause.reason} [{cause.instruction}]")
 
 
+def judge(name: str, bed: RealBed, count: int) -> int:
+    """Run ``count`` cases and print the score; gives how many explanations were wrong, or 1 if nothing failed."""
+    score, start = Score(), time.monotonic()
+    known = truths(bed, count)
+    for seed in range(count):
+        explain(bed, seed, known.get(seed), score)
+    print(f"{name}: {score}; {time.monotonic() - start:.1f} s", flush=True)
+    print(*score.wrong[:20], *score.unfound[:20], *score.access[:3], sep="\n", flush=True)
+    return len(score.wrong) + (not score.faults)
+
+
 def main(count: int, modes: list[str]) -> int:
-    """Run ``count`` cases, as many in each mode; 0 if all explanations are right."""
+    """Run ``count`` cases, as many in each mode, and as many vector instructions; 0 if all explanations are right."""
     signal.signal(signal.SIGALRM, lambda number, frame: None)
     wrong = 0
-    for mode in modes:
-        score, start = Score(), time.monotonic()
-        each = -(-count // len(modes))
-        with RealBed(1, MODES[mode], anykvm.backend("device")) as bed:
-            known = truths(bed, each)
-            for seed in range(each):
-                explain(bed, seed, known.get(seed), score)
-        print(f"{mode}: {score}; {time.monotonic() - start:.1f} s", flush=True)
-        print(*score.wrong[:20], *score.unfound[:20], *score.access[:3], sep="\n", flush=True)
-        wrong += len(score.wrong) + (not score.faults)
+    backend = anykvm.backend("device")
+    for kind, name, wanted in ((RealBed, "", modes), (VectorBed, ", vectors", [m for m in modes if m in VECTOR_MODES])):
+        for mode in wanted:
+            with kind(1, MODES[mode], backend) as bed:
+                wrong += judge(mode + name, bed, -(-count // len(wanted)))
     return bool(wrong)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
@@ -10,10 +11,14 @@ import pytest
 
 import anykvm
 from annotate_bed import run
+from annotate_fuzz import run as run_opcodes
 from annotate_modes import MODES
 from anykvm import GuestMemory, MemoryFault, abi
 from anykvm.layers.annotate import Access, Annotate, Cause, UnresolvedAccess
+from anykvm.layers.annotate.cpu import Cpu
+from anykvm.layers.annotate.finder import Finder
 from anykvm.layers.annotate.hostmap import HostMap
+from anykvm.layers.annotate.memory import GuestPhysical, Slot
 from fakes import FakeBackend
 from machine import CODE, DATA, IDT, PML4, STACK, Machine
 
@@ -239,6 +244,85 @@ def test_faults_are_explained_as_they_were(mode: str, count: int) -> None:
     roles |= {"descriptor", "tss"} if MODES[mode].protected else set()
     roles |= {"page table"} if MODES[mode].levels else set()
     assert roles <= set(result.roles)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generated_opcodes_are_explained_as_they_were(mode: str) -> None:
+    """A part of them; `make annotate` runs all."""
+    result, _ = run_opcodes(600, 1, mode)
+    assert not result.wrong, "\n".join([str(result), *result.wrong[:20]])
+    assert result.faults > 60 and {"operand", "stack"} <= set(result.roles)
+
+
+def test_unresolved_access_is_what_run_raises(machine: Machine) -> None:
+    machine.long_mode("mov $0x61000, %esi; mov (%rsi), %rax; hlt")
+    machine.memory.protect(0x61000, PAGE, 0)
+    with pytest.raises(UnresolvedAccess, match=r"^\[Errno 14\] KVM_RUN\(vcpu=0\): read from gpa 0x61000") as caught:
+        machine.vcpu.run()
+    assert caught.value.errno == errno.EFAULT and caught.value.cause.gpa == 0x61000
+    with pytest.raises(UnresolvedAccess):
+        machine.vcpu.ioctl(abi.KVM_RUN)
+
+
+def test_what_cannot_be_decoded_is_said(machine: Machine) -> None:
+    """The engine runs 8F /1 as a POP, which it is not; the layer does not guess what is touched."""
+    machine.long_mode(".byte 0x8f, 0x0e")
+    machine.memory.protect(STACK, PAGE, 0)
+    with pytest.raises(OSError) as caught:
+        machine.vcpu.run()
+    assert not isinstance(caught.value, UnresolvedAccess)
+    assert isinstance(machine.kvm.backend, Annotate)
+    why = machine.kvm.backend.last_unexplained(machine.vcpu.fileno())
+    assert why.startswith("the instruction 8f 0e") and why.endswith("could not be decoded")
+    assert caught.value.__notes__ == [f"annotate: {why}"]
+
+
+def test_what_is_not_known_makes_a_refused_page_table_ambiguous(machine: Machine) -> None:
+    """It may have been cached: then it was what could not be decoded."""
+    machine.long_mode(".byte 0x8f, 0x0e")
+    machine.memory.protect(PML4 + 0x1000, PAGE, 0)
+    cause = cause_of(machine)
+    assert cause.ambiguous and cause.role == "page table" and "could not be decoded" in cause.reason
+
+
+@pytest.mark.parametrize("source", ["clflush (%rdi)", "clwb (%rdi)", "monitor"])
+def test_a_flush_is_checked_like_a_load_on_hardware(machine: Machine, source: str) -> None:
+    """The engine's never fault; so the search is asked, without a failure."""
+    machine.long_mode(source)
+    machine.set_regs(rdi=0x61000, rax=0x61000)
+    machine.memory.protect(0x61000, PAGE, 0)
+    slots = (Slot(0, 0, 0, 4 << 20, machine.memory.address),)
+    causes = []
+    for hardware in (True, False):
+        with contextlib.closing(HostMap()) as host:
+            cpu = Cpu(machine.kvm.backend, machine.vcpu.fileno())
+            causes.append(Finder(cpu, GuestPhysical(slots, host), hardware=hardware).find())
+    assert causes[1] is None and causes[0] is not None
+    assert (causes[0].gpa, causes[0].access, causes[0].ambiguous) == (0x61000, Access.READ, False)
+    assert causes[0].looks[-1].outcome == "refused, if the access is made"
+
+
+@pytest.mark.parametrize(
+    ("source", "gpa", "access"),
+    [
+        ("fs xlat", 0x71008, Access.READ),
+        ("pextrq $1, %xmm0, (%rdi)", 0x61000, Access.WRITE),
+        ("pextrb $1, %xmm0, (%rdi)", 0x61000, Access.WRITE),
+        ("xsave -0x200(%rdi)", 0x61000, Access.WRITE),
+        ("xrstor -0x200(%rdi)", 0x61000, Access.READ),
+        (".byte 0x67, 0x63, 0x07", 0x61000, Access.READ),
+        (".byte 0xf2, 0x0f, 0xbc, 0x07", 0x61000, Access.READ),
+    ],
+)
+def test_what_capstone_has_wrong(machine: Machine, source: str, gpa: int, access: Access) -> None:
+    machine.long_mode(f"{source}; hlt")
+    sregs = machine.vcpu.get_sregs()
+    sregs.fs.base, sregs.cr4 = 0x10000, sregs.cr4 | 1 << 18
+    machine.vcpu.set_sregs(sregs)
+    machine.set_regs(rbx=0x61000, rdi=0x61000, rax=8 if "xlat" in source else 3, rdx=0)
+    machine.memory.protect(gpa & -PAGE, PAGE, 1 if access is Access.WRITE else 0)
+    cause = cause_of(machine)
+    assert (cause.gpa, cause.access, cause.ambiguous) == (gpa, access, False)
 
 
 def test_every_level_of_page_tables(machine: Machine) -> None:

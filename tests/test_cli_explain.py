@@ -182,7 +182,7 @@ def test_an_explanation_that_kvm_contradicts_fails():
     fault = MemoryFault(0x8000, 0x1000, 0, 14)
     answer = found(STORE, "--read-only", "0x7000")
     cause: Any = type("Cause", (), {"candidates": [type("Suspect", (), {"page": 0x7000})], "ambiguous": False})()
-    report = Report(FakeBackend(), 14, c.KVM_EXIT_MEMORY_FAULT, fault, cause)
+    report = Report(FakeBackend(), 14, c.KVM_EXIT_MEMORY_FAULT, fault, cause, "")
     assert answer["cause"]["candidates"][0]["gpa"] & -0x1000 == 0x7000 and report.agrees is False
     with pytest.raises(Fail) as failed:
         command_module._finish(report)
@@ -190,9 +190,10 @@ def test_an_explanation_that_kvm_contradicts_fails():
 
 
 def test_no_cause_found_is_said_and_fails():
-    report = Report(FakeBackend(), 14, c.KVM_EXIT_UNKNOWN, None, None)
+    report = Report(FakeBackend(), 14, c.KVM_EXIT_UNKNOWN, None, None, "it could not be decoded")
     assert "memory_fault is not valid" in text(report) and report.plain()["cause"] is None
-    with pytest.raises(Fail, match="no cause was found") as failed:
+    assert text(report).endswith("no cause     it could not be decoded")
+    with pytest.raises(Fail, match="no cause was found: it could not be decoded") as failed:
         command_module._finish(report)
     assert failed.value.code == ExitCode.FAILED
 

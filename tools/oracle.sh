@@ -15,7 +15,7 @@ for kernel in 7.3 6.12; do
     "$bin/anykvm" conformance compare "linux-$kernel" "$file" --verbose || changed=1
 done
 # The annotate layer explains a real kernel's bare EFAULTs, whose causes a userfaultfd has told before.
-"$bin/anykvm" oracle --kernel 7.3 --smp 2 --timeout 600 -- "$bin/python" tests/annotate_real.py 700 || changed=1
+"$bin/anykvm" oracle --kernel 7.3 --smp 2 --timeout 1200 -- "$bin/python" tests/annotate_real.py 700 || changed=1
 ANYKVM_ORACLE=1 "$bin/python" -m pytest tests/test_oracle.py tests/test_records.py
 # What soft does otherwise, and why, is in src/anykvm/conformance/differences.
 "$bin/anykvm" conformance compare linux-7.3 linux-6.12 soft:linux-7.3 --html oracle.html >"$out/table" || true

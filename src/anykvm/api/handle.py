@@ -40,7 +40,9 @@ def explain(
     if detail == generic:
         detail = (why(errno) if why else None) or _DETAILS.get(errno) or generic
     call = f"{name}({', '.join(f'{key}={_number(value)}' for key, value in shown.items())})" if shown else name
-    made = OSError(errno, f"{call}: {detail}")
+    # A layer's own kind of OSError stays what it is; the others are what Python makes of the errno.
+    kind = OSError if type(error).__module__ == "builtins" else type(error)
+    made = kind(errno, f"{call}: {detail}")
     made.__dict__.update(error.__dict__)  # what the backend or a layer attached stays: notes, a cause
     return made
 

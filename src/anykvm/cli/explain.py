@@ -101,11 +101,14 @@ def _run(layer: Annotate, vcpu: Vcpu, wanted: guest.Settings, quiet: bool) -> Re
     except OSError as error:
         if error.errno != errno.EFAULT:
             raise
-        return Report(layer, errno.EFAULT, vcpu.kvm_run.exit_reason, None, getattr(error, "cause", None))
+        why = layer.last_unexplained(vcpu.fileno())
+        return Report(layer, errno.EFAULT, vcpu.kvm_run.exit_reason, None, getattr(error, "cause", None), why)
     finally:
         output.flush()
     if isinstance(end, MemoryFault):
-        return Report(layer, end.errno, vcpu.kvm_run.exit_reason, end, layer.explain(vcpu.fileno()))
+        cause = layer.explain(vcpu.fileno())
+        why = layer.last_unexplained(vcpu.fileno())
+        return Report(layer, end.errno, vcpu.kvm_run.exit_reason, end, cause, why)
     raise _nothing(end)
 
 
@@ -121,7 +124,8 @@ def _nothing(end: Exit) -> Fail:
 
 def _finish(report: Report) -> None:
     if report.cause is None:
-        raise Fail(ExitCode.FAILED, "KVM_RUN failed with EFAULT, and no cause was found")
+        why = f": {report.unexplained}" if report.unexplained else ""
+        raise Fail(ExitCode.FAILED, f"KVM_RUN failed with EFAULT, and no cause was found{why}")
     if report.agrees is False:
         raise Fail(ExitCode.FAILED, "the explanation is not the page that KVM names")
     if report.cause.ambiguous:

@@ -30,6 +30,8 @@ class Report(NamedTuple):
     annotation: MemoryFault | None
     """What KVM itself said, where it did."""
     cause: Cause | None
+    unexplained: str
+    """Why nothing was found; empty if it was."""
 
     @property
     def agrees(self) -> bool | None:
@@ -49,6 +51,7 @@ class Report(NamedTuple):
             "memory_fault": fault and {"gpa": fault.gpa, "size": fault.size, "flags": fault.flags},
             "agrees": self.agrees,
             "cause": self.cause and self.cause.plain(),
+            "unexplained": self.unexplained,
         }
 
 
@@ -56,7 +59,8 @@ def text(report: Report) -> str:
     """Write it for a reader."""
     cause = report.cause
     if cause is None:
-        return "\n".join(_block("KVM", _kvm(report)))
+        lines = [*_block("KVM", _kvm(report))]
+        return "\n".join(lines + _block("no cause", [report.unexplained] if report.unexplained else []))
     lines = [*_reason(cause), "", *_block("KVM", _kvm(report)), *_block("vCPU", [cause.vcpu.mode()])]
     lines += _block("registers", _registers(cause))
     lines += _block("instruction", [f"{cause.code.hex(' ')}  {cause.instruction}".strip() or "cannot be read"])
@@ -77,7 +81,8 @@ def _reason(cause: Cause) -> list[str]:
     if not cause.ambiguous:
         return [cause.reason]
     head = f"ambiguous: one of {len(cause.candidates)}, and nothing architectural says which was met first"
-    return [head, *(f"  {number}. {suspect.reason}" for number, suspect in enumerate(cause.candidates, 1))]
+    listed = [f"  {number}. {suspect.reason}" for number, suspect in enumerate(cause.candidates, 1)]
+    return [head, *listed, *([f"  or another: {cause.unknown}"] if cause.unknown else [])]
 
 
 def _kvm(report: Report) -> list[str]:

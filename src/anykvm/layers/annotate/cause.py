@@ -128,7 +128,10 @@ class Cause:
     candidates: tuple[Suspect, ...]
     """Every access that may be the cause, the likeliest first; never empty."""
     ambiguous: bool
-    """The candidates lie on different guest pages, and nothing architectural says which was met first."""
+    """The candidates lie on different guest pages, and nothing architectural says which was met first; or there is
+    something ``unknown``."""
+    unknown: str
+    """What of the vCPU's accesses could not be known, and why; empty if they are all known."""
     code: bytes
     """The bytes of ``instruction``, or what could be read at ``rip``; empty if nothing could."""
     vcpu: Cpu = field(repr=False, compare=False)
@@ -187,7 +190,8 @@ class Cause:
         if not self.ambiguous:
             return self.candidates[0].reason
         listed = "; or ".join(suspect.reason for suspect in self.candidates)
-        return f"ambiguous, one of {len(self.candidates)}: {listed}"
+        other = f"; or another: {self.unknown}" if self.unknown else ""
+        return f"ambiguous, one of {len(self.candidates)}: {listed}{other}"
 
     def plain(self) -> dict[str, Any]:
         """As values for JSON."""
@@ -196,6 +200,7 @@ class Cause:
             "instruction": self.instruction,
             "code": self.code.hex(),
             "ambiguous": self.ambiguous,
+            "unknown": self.unknown,
             "reason": self.reason,
             "candidates": [suspect.plain() for suspect in self.candidates],
             "accesses": [look.plain() for look in self.looks],

@@ -8,6 +8,7 @@ from typing import Any, Final
 from anykvm.abi.ioctls import KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_VCPU_EVENTS
 from anykvm.abi.structures import kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events
 from anykvm.backends.base import Backend
+from anykvm.layers.annotate.extended import Extended
 
 CR0_PE: Final = 1 << 0
 CR0_WP: Final = 1 << 16
@@ -54,6 +55,7 @@ class Cpu:
         backend.ioctl(fd, KVM_GET_REGS, ctypes.addressof(self.regs))
         backend.ioctl(fd, KVM_GET_SREGS, ctypes.addressof(self.sregs))
         backend.ioctl(fd, KVM_GET_VCPU_EVENTS, ctypes.addressof(self.events))
+        self.extended = Extended(backend, fd)
         sregs = self.sregs
         self.protected = bool(sregs.cr0 & CR0_PE)
         self.v86 = self.protected and bool(self.regs.rflags & RFLAGS_VM)

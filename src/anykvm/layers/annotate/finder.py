@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from anykvm.layers.annotate import decode, delivery, implicit
 from anykvm.layers.annotate.access import Access
 from anykvm.layers.annotate.cause import Cause, Look, Suspect
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.memory import PAGE, GuestPhysical
-from anykvm.layers.annotate.operand import Operand
+from anykvm.layers.annotate.operand import Operand, Unknown
 from anykvm.layers.annotate.walk import Entry, walk
 
 _CODE = "instruction"
@@ -23,18 +21,22 @@ class Finder:
     met something later. Both are then candidates.
     """
 
-    def __init__(self, cpu: Cpu, memory: GuestPhysical, *, update_is_write: bool) -> None:
-        """``update_is_write``: an instruction that reads and writes an operand asks for both at once, as hardware."""
+    def __init__(self, cpu: Cpu, memory: GuestPhysical, *, hardware: bool) -> None:
+        """``hardware``: an instruction that reads and writes an operand asks for both at once, and what is not certain
+        counts; an emulated CPU reads first, and makes no access that it need not make.
+        """
         self._cpu = cpu
         self._memory = memory
-        self._update_is_write = update_is_write
+        self._hardware = hardware
         self._found: dict[int, Suspect] = {}  # by guest page: what was refused there first
         self._looks: list[Look] = []
         self._text = ""
         self._bytes = b""
+        self.unknown = ""
+        """What of the accesses could not be known, and why; empty if they are all known."""
 
     def find(self) -> Cause | None:
-        """Search; None if the host refuses nothing that is needed."""
+        """Search; None if the host refuses nothing that is known to be needed."""
         event = delivery.pending(self._cpu)
         if event is not None:
             vector, self._text = event
@@ -45,8 +47,9 @@ class Finder:
         if not self._found:
             return None
         suspects = tuple(self._found.values())
-        ambiguous = len(suspects) > 1
-        return Cause(self._cpu.regs.rip, self._text, suspects, ambiguous, self._bytes, self._cpu, tuple(self._looks))
+        ambiguous = len(suspects) > 1 or bool(self.unknown)
+        what = (self._cpu.regs.rip, self._text, suspects, ambiguous, self.unknown, self._bytes)
+        return Cause(*what, self._cpu, tuple(self._looks))
 
     def _instruction(self) -> None:
         rip = self._cpu.linear("cs", self._cpu.regs.rip)
@@ -65,17 +68,23 @@ class Finder:
                 self._bytes = code + rest
                 insn = decode.decode(self._cpu, code + rest)
                 size = insn.size if insn is not None else decode.MAX_LENGTH
+        fetch = Operand(rip, size, Access.EXEC, _CODE)
         if insn is None:
-            self._all([Operand(rip, size, Access.EXEC, _CODE)])
+            if self._all([fetch]):
+                self.unknown = f"the instruction {self._bytes.hex(' ')} could not be decoded"
             return
-        self._text, self._bytes = decode.text(insn), self._bytes[: insn.size]
-        self._all([Operand(rip, size, Access.EXEC, _CODE), *self._data(insn)])
+        self._text, self._bytes = insn.text, self._bytes[: insn.size]
+        try:
+            self._all([fetch, *self._data(insn)])
+        except Unknown as gap:
+            if self._all([fetch]):
+                self.unknown = str(gap)
 
     def _code(self, linear: int, size: int) -> bytes | None:
         gpa = walk(self._cpu, self._memory, linear, Access.EXEC).gpa
         return None if gpa is None else self._memory.peek(gpa, size)
 
-    def _data(self, insn: Any) -> list[Operand]:
+    def _data(self, insn: decode.Instruction) -> list[Operand]:
         """The data accesses, with steps behind the fetch's."""
         vector = implicit.software_interrupt(self._cpu, insn)
         if vector is not None:
@@ -83,24 +92,30 @@ class Finder:
         else:
             found = implicit.accesses(self._cpu, self._memory, insn)
             written = {operand.linear for operand in found if operand.access is Access.WRITE}
-            if self._update_is_write or self._indivisible(insn, found):
+            if not self._hardware:
+                found = [op for op in found if op.certain]
+            if self._hardware or self._indivisible(insn, found):
                 found = [op for op in found if op.access is not Access.READ or op.linear not in written]
         return [operand._replace(step=operand.step + 1) for operand in found]
 
     @staticmethod
-    def _indivisible(insn: Any, found: list[Operand]) -> bool:
+    def _indivisible(insn: decode.Instruction, found: list[Operand]) -> bool:
         """A locked instruction on an aligned operand asks for writing at once; one that is not aligned reads first."""
         aligned = all(operand.linear % operand.size == 0 for operand in found if operand.role == "operand")
-        return decode.locked(insn) and aligned and decode.name(insn) != "neg"
+        return insn.locked and aligned and insn.name != "neg"
 
-    def _all(self, operands: list[Operand]) -> None:
-        """Touch all in order; stop behind the step in which something other than a page table was refused."""
+    def _all(self, operands: list[Operand]) -> bool:
+        """Touch all in order; stop behind the step in which something other than a page table was refused.
+
+        Returns whether it got to the end. What is not certain stops nothing.
+        """
         step, over = 0, False
         for operand in operands:
             if over and operand.step != step:
-                return
+                return False
             step = operand.step
-            over = not self._touch(operand) or over
+            over = (not self._touch(operand) and operand.certain) or over
+        return not over
 
     def _touch(self, operand: Operand) -> bool:
         """Look at each page of an access. False: the instruction gets no further."""
@@ -130,6 +145,8 @@ class Finder:
             outcome, touch = self._check(operand, found.gpa, linear, size, found.entries)
         cached = refused and found.gpa is not None
         shown = f"{outcome}, if its page table, which is refused, was cached" if cached else outcome
+        if not operand.certain:
+            shown += ", if the access is made"
         entries = tuple(found.entries)
         self._looks.append(Look(operand.role, operand.access, linear, size, entries, found.gpa, shown, touch))
         return outcome == _GRANTED

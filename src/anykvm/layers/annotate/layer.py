@@ -24,11 +24,15 @@ _REGIONS: Final = {
     n.KVM_SET_USER_MEMORY_REGION: kvm_userspace_memory_region,
     n.KVM_SET_USER_MEMORY_REGION2: kvm_userspace_memory_region2,
 }
+_GRANTED: Final = "the host now grants every page that the instruction is known to need"
 _LEARNED: Final = frozenset((n.KVM_CREATE_VM, n.KVM_CREATE_VCPU, *_REGIONS))
 
 
 class UnresolvedAccess(OSError):
-    """KVM_RUN's EFAULT with its explanation; ``errno`` and ``strerror`` as of any OSError."""
+    """KVM_RUN's EFAULT with its explanation: ``errno`` is EFAULT, ``strerror`` has the reason.
+
+    ``Vcpu.run`` and ``Vcpu.ioctl`` raise it as the backend does.
+    """
 
     cause: Cause
     """What was found."""
@@ -44,15 +48,17 @@ class _Vcpu:
         self.vm = vm
         self.page = 0  # the layer's own mapping of kvm_run
         self.cause: Cause | None = None
+        self.unexplained = ""
 
 
 class Annotate:
     """Explains bare EFAULTs of the backend it wraps; implements ``anykvm.backends.base.Backend``.
 
     When KVM_RUN fails with EFAULT and kvm_run has no valid memory_fault, the cause is looked for, kept for
-    ``last_cause``, and raised with the error (``UnresolvedAccess``, the reason in its text). Mode ``strict`` changes
-    nothing else. Mode ``fill`` also writes ``exit_reason`` KVM_EXIT_MEMORY_FAULT and ``memory_fault`` {flags 0, gpa of
-    the page, size 4096} into kvm_run, as api.rst promises, unless the cause is ambiguous.
+    ``last_cause``, and raised with the error (``UnresolvedAccess``, the reason in its text). Where none is found, the
+    error stays a plain OSError; its notes, and ``last_unexplained``, say why. Mode ``strict`` changes nothing else.
+    Mode ``fill`` also writes ``exit_reason`` KVM_EXIT_MEMORY_FAULT and ``memory_fault`` {flags 0, gpa of the page, size
+    4096} into kvm_run, as api.rst promises, unless the cause is ambiguous.
 
     It knows a VM's slots and vCPUs from the ioctls that pass through it, by descriptor: a VM made elsewhere, or run
     through a duplicate of a descriptor, goes unexplained. A run that succeeds costs one forwarded call.
@@ -93,7 +99,12 @@ class Annotate:
             try:
                 return self._inner_ioctl(fd, request, arg)
             except OSError as error:
-                if error.errno != _EFAULT or (cause := self._explain(fd)) is None:
+                if error.errno != _EFAULT:
+                    raise
+                cause = self._explain(fd)
+                if cause is None:
+                    if unexplained := self.last_unexplained(fd):
+                        error.add_note(f"annotate: {unexplained}")
                     raise
                 explained = UnresolvedAccess(_EFAULT, f"KVM_RUN: {cause.reason}")
                 explained.cause = cause
@@ -124,6 +135,11 @@ class Annotate:
         vcpu = self._vcpus.get(fd)
         return None if vcpu is None else vcpu.cause
 
+    def last_unexplained(self, fd: int) -> str:
+        """Why nothing was found for the last EFAULT that was looked at of a vCPU's descriptor; empty if a cause was."""
+        vcpu = self._vcpus.get(fd)
+        return "" if vcpu is None else vcpu.unexplained
+
     def explain(self, fd: int) -> Cause | None:
         """Look for the cause of the EFAULT that KVM_RUN on a vCPU's descriptor has just given, annotated or not.
 
@@ -131,7 +147,7 @@ class Annotate:
         OSError if the vCPU cannot be asked for its registers.
         """
         vcpu = self._vcpus.get(fd)
-        return None if vcpu is None else self._find(fd, vcpu.vm)
+        return None if vcpu is None else self._find(fd, vcpu)
 
     def _learn(self, fd: int, request: int, arg: int, result: int) -> None:
         """Remember what an ioctl that worked has made."""
@@ -167,14 +183,15 @@ class Annotate:
         vcpu = self._vcpus.get(fd)
         if vcpu is None or not vcpu.page:
             return None
-        vcpu.cause = None
+        vcpu.cause, vcpu.unexplained = None, ""
         try:
             run = kvm_run.from_address(vcpu.page)
             if memory_fault_valid(_EFAULT, run.exit_reason):
                 return None
-            cause = vcpu.cause = self._find(fd, vcpu.vm)
-        except OSError:
-            return None  # the vCPU cannot be asked, or there is no /proc: the bare EFAULT stays what it is
+            cause = vcpu.cause = self._find(fd, vcpu)
+        except OSError as error:  # the vCPU cannot be asked, or there is no /proc: the bare EFAULT stays what it is
+            vcpu.unexplained = f"the vCPU or this process's mappings cannot be looked at: {error.strerror}"
+            return None
         if cause is not None and self.mode == "fill" and not cause.ambiguous:
             run.exit_reason = KVM_EXIT_MEMORY_FAULT
             run.memory_fault.flags = 0
@@ -182,12 +199,11 @@ class Annotate:
             run.memory_fault.size = PAGE
         return cause
 
-    def _find(self, fd: int, vm: _Vm) -> Cause | None:
+    def _find(self, fd: int, vcpu: _Vcpu) -> Cause | None:
         with self._lock:
-            slots = tuple(vm.slots.values())
+            slots = tuple(vcpu.vm.slots.values())
         with contextlib.closing(HostMap()) as host:
-            # Hardware asks for a read-modify-write as a write; an emulated CPU reads first.
-            finder = Finder(
-                Cpu(self.inner, fd), GuestPhysical(slots, host), update_is_write=self.inner.name == "device"
-            )
-            return finder.find()
+            finder = Finder(Cpu(self.inner, fd), GuestPhysical(slots, host), hardware=self.inner.name == "device")
+            cause = finder.find()
+        vcpu.unexplained = "" if cause is not None else finder.unknown or _GRANTED
+        return cause

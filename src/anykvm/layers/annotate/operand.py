@@ -21,6 +21,12 @@ class Operand(NamedTuple):
     """Made by the processor for itself, whatever the privilege level."""
     ordered: bool = True
     """Its bytes are touched from the lowest on."""
+    certain: bool = True
+    """False: whether it is made depends on what cannot be known, or on the processor."""
+
+
+class Unknown(Exception):
+    """What an instruction touches cannot be known; the text says what and why, as a sentence's end."""
 
 
 def push(cpu: Cpu, count: int, size: int, first: int = 0, step: int = 3) -> list[Operand]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from anykvm.layers.annotate import decode as d
+from anykvm.layers.annotate import tables
 from anykvm.layers.annotate.access import Access
 from anykvm.layers.annotate.cpu import RFLAGS_NT, RFLAGS_VM, Cpu
 from anykvm.layers.annotate.memory import GuestPhysical
@@ -17,7 +18,6 @@ _FAR_TRANSFERS: Final = frozenset(("lcall", "ljmp"))
 _SEGMENTS: Final = ("es", "cs", "ss", "ds", "fs", "gs")
 _FAR_POINTERS: Final = frozenset(("lds", "les", "lss", "lfs", "lgs"))
 _FROM_OPERAND: Final = frozenset(("lldt", "ltr", "lar", "lsl", "verr", "verw"))
-_REGISTER, _IMMEDIATE = 1, 2  # capstone's operand types
 _ACCESSED: Final = 1 << 40
 _CODE_OR_DATA: Final = 1 << 44
 _PRESENT: Final = 1 << 47
@@ -37,7 +37,7 @@ def descriptor(cpu: Cpu, selector: int, size: int = 8, step: int = 4) -> list[Op
     return [Operand(cpu.system(base, selector & ~7), size, READ, "descriptor", step, system=True)]
 
 
-def loads(cpu: Cpu, memory: GuestPhysical, insn: Any, mnemonic: str) -> list[Operand]:
+def loads(cpu: Cpu, memory: GuestPhysical, insn: d.Instruction, mnemonic: str) -> list[Operand]:
     """List what an instruction touches because it loads segment registers, or asks about a selector."""
     if mnemonic in FAR_RETURNS:
         return _far_return(cpu, memory, insn, mnemonic)
@@ -61,29 +61,24 @@ def _marked(cpu: Cpu, memory: GuestPhysical, found: list[Operand], bit: int) -> 
     return [Operand(found[0].linear + 4, 4, WRITE, "descriptor", found[0].step + 1, system=True)]
 
 
-def _selector(cpu: Cpu, memory: GuestPhysical, insn: Any, mnemonic: str) -> int | None:
+def _selector(cpu: Cpu, memory: GuestPhysical, insn: d.Instruction, mnemonic: str) -> int | None:
     """The selector an instruction loads or asks about; None if it does not, or it cannot be known."""
     if mnemonic in _FAR_POINTERS:
-        operand = d.memory_operands(insn)[0]
-        at = d.address(cpu, insn, operand) + d.size_of(cpu, insn, operand) - 2
+        operand = insn.memory[0]
+        at = d.address(cpu, insn, operand) + tables.size_of(cpu, insn, operand) - 2
         return read(cpu, memory, at, 2, system=False)
     operands = insn.operands
-    if mnemonic == "pop" and operands[0].type == _REGISTER and insn.reg_name(operands[0].reg) in _SEGMENTS:
+    if mnemonic == "pop" and insn.register(operands[0]) in _SEGMENTS:
         return read(cpu, memory, cpu.stack(0), 2, system=False)
     if mnemonic == "mov":
-        if operands[0].type != _REGISTER or insn.reg_name(operands[0].reg) not in _SEGMENTS:
+        if insn.register(operands[0]) not in _SEGMENTS:
             return None
     elif mnemonic not in _FROM_OPERAND:
         return None
     source = operands[-1]
-    if source.type == _REGISTER:
-        return cpu.get(insn.reg_name(source.reg)) & 0xFFFF
+    if register := insn.register(source):
+        return cpu.get(register) & 0xFFFF
     return read(cpu, memory, d.address(cpu, insn, source), 2, system=False)
-
-
-def _item(cpu: Cpu, insn: Any) -> int:
-    """Bytes of each item of a far transfer."""
-    return 8 if insn.rex & 8 else d.operand_size(cpu, insn)
 
 
 def _real(cpu: Cpu) -> bool:
@@ -91,17 +86,16 @@ def _real(cpu: Cpu) -> bool:
     return not cpu.protected or cpu.v86
 
 
-def _far_transfer(cpu: Cpu, memory: GuestPhysical, insn: Any, mnemonic: str) -> list[Operand]:
+def _far_transfer(cpu: Cpu, memory: GuestPhysical, insn: d.Instruction, mnemonic: str) -> list[Operand]:
     """JMP and CALL to another segment. Through a gate or a TSS they touch more, which is not known here."""
-    size = _item(cpu, insn)
-    if insn.operands[0].type == _IMMEDIATE:
-        selector: int | None = int(insn.operands[0].imm) & 0xFFFF
-    else:
-        at = d.address(cpu, insn, d.memory_operands(insn)[0])
+    size = insn.prefixes.operand_size(cpu.bits)
+    selector = insn.immediate(insn.operands[0])
+    if selector is None:
+        at = d.address(cpu, insn, insn.memory[0])
         selector = read(cpu, memory, at + size, 2, system=False)
     if selector is None:
         return []
-    found = [] if _real(cpu) else descriptor(cpu, selector, step=_STEP)
+    found = [] if _real(cpu) else descriptor(cpu, selector & 0xFFFF, step=_STEP)
     if mnemonic == "lcall" and (_real(cpu) or _is_code(cpu, memory, found)):
         found += push(cpu, 2, size, step=_STEP + 1)
     return found
@@ -113,9 +107,9 @@ def _is_code(cpu: Cpu, memory: GuestPhysical, found: list[Operand]) -> bool:
     return value is not None and value & _PRESENT != 0 and value >> 43 & 3 == 3
 
 
-def _far_return(cpu: Cpu, memory: GuestPhysical, insn: Any, mnemonic: str) -> list[Operand]:
+def _far_return(cpu: Cpu, memory: GuestPhysical, insn: d.Instruction, mnemonic: str) -> list[Operand]:
     """RETF and IRET: what they pop, and the descriptors of CS and, to another privilege level, of SS."""
-    size = _item(cpu, insn)
+    size = insn.prefixes.operand_size(cpu.bits)
     interrupt = mnemonic.startswith("iret")
     count = 3 if interrupt else 2
     if interrupt and not _real(cpu) and not cpu.long and cpu.regs.rflags & RFLAGS_NT:
@@ -135,7 +129,7 @@ def _far_return(cpu: Cpu, memory: GuestPhysical, insn: Any, mnemonic: str) -> li
     outer = selector & 3 > cpu.cpl
     if not outer and not (interrupt and cpu.bits == 64):
         return found + target
-    extra = int(insn.operands[0].imm) if not interrupt and insn.operands else 0
+    extra = (insn.immediate(insn.operands[0]) or 0) if not interrupt and insn.operands else 0
     # The processor's manual does not say whether the stack pointer or the descriptor comes first.
     found += target + [op._replace(step=_STEP) for op in pop(cpu, 2, size, count * size + extra)]
     stack = read(cpu, memory, cpu.stack((count + 1) * size + extra), 2, system=False)
