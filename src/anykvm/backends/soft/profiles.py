@@ -45,6 +45,9 @@ class Profile:
     it has of what they say."""
     sync_low_half: bool = False
     """Unknown bits of ``kvm_valid_regs`` and ``kvm_dirty_regs`` are EINVAL below bit 32 only (else: all)."""
+    stale_pre_fault: bool = False
+    """KVM_PRE_FAULT_MEMORY makes no progress, and ends with EINTR when a signal comes, from when a slot is deleted or moved
+    to the vCPU's next KVM_RUN (else: what happens to slots does not matter)."""
     hypercall_as_6_12: bool = False
     """``kvm_run.hypercall.ret`` is not written before the exit (else: 0). A KVM_HC_MAP_GPA_RANGE of 32-bit code with a
     bit above 31 in RAX is 0 for the guest, which goes on; what the next exit without a completion of its own leaves in
@@ -102,6 +105,7 @@ LINUX_6_12: Final = replace(
     emulate_in_delivery=True,
     any_efer=True,
     sync_low_half=True,
+    stale_pre_fault=True,
     hypercall_as_6_12=True,
     capabilities=MappingProxyType({c.KVM_CAP_GUEST_MEMFD_FLAGS: 0}),
     vm_capabilities=MappingProxyType({c.KVM_CAP_GUEST_MEMFD: 0}),
@@ -113,6 +117,8 @@ LINUX_6_12: Final = replace(
             "being delivered; 7.3: svm.c:svm_check_emulate_instruction(), X86EMUL_UNHANDLEABLE_VECTORING",
             "any_efer": "arch/x86/kvm/x86.c:kvm_is_valid_sregs() of 6.12; 7.3 also asks kvm_valid_efer()",
             "sync_low_half": "arch/x86/kvm/x86.c:kvm_sync_valid_fields() of 6.12 is a u32, so its complement is one too",
+            "stale_pre_fault": "arch/x86/kvm/mmu.h:kvm_mmu_reload() of 7.3 frees obsolete roots, that of 6.12 does not: "
+            "mmu.c:is_page_fault_stale(), kvm_tdp_map_page()",
             "hypercall_as_6_12": "arch/x86/kvm/x86.c:__kvm_emulate_hypercall() of 6.12 leaves hypercall.ret; "
             "kvm_emulate_hypercall() compares all of RAX with KVM_HC_MAP_GPA_RANGE",
             "capabilities": "include/uapi/linux/kvm.h of 6.12 has no KVM_CAP_GUEST_MEMFD_FLAGS; "

@@ -87,6 +87,7 @@ def _behaviour(profile: Profile) -> int:
         profile.emulate_in_delivery,
         profile.any_efer,
         profile.sync_low_half,
+        profile.stale_pre_fault,
         profile.hypercall_as_6_12,
     )
     return sum(1 << bit for bit, chosen in enumerate(choices) if chosen)

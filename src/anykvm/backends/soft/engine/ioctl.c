@@ -289,6 +289,7 @@ void ak_vcpu_configure(struct ak_vcpu *v, u32 annotate_all, u32 behaviour, u32 i
 {
     v->annotate_all = annotate_all;
     v->behaviour = behaviour;
+    v->zaps = v->vm->zaps;
     v->sync_supported = KVM_SYNC_X86_VALID_FIELDS | (behaviour & AK_SYNC_LOW_HALF ? ~0ull << 32 : 0);
     v->msr.apic_base = (v->msr.apic_base & ~0x100ull) | (is_bsp ? 0x100 : 0);
 }

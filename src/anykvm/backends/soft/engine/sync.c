@@ -183,6 +183,7 @@ void ak_run_guest(struct ak_vcpu *v)
         return;
     }
     ak_guest_enter(v);
+    v->zaps = v->vm->zaps;
     v->in_guest = 1;
     ak_ticker_arm(v);
     ak_enter(v);
