@@ -40,7 +40,9 @@ def each_profile(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[name for name, made in PROFILES.items() if made.capabilities.get(KVM_CAP_GUEST_MEMFD_FLAGS) != 0])
+@pytest.fixture(
+    params=[name for name, made in PROFILES.items() if made.capabilities.get(KVM_CAP_GUEST_MEMFD_FLAGS) != 0]
+)
 def mapping_profile(request: pytest.FixtureRequest) -> str:
     """Those with guest_memfds that can be mapped, and be slots' of an ordinary VM."""
     return str(request.param)

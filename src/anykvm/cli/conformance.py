@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from anykvm.backends.soft.profiles import PROFILES
 from anykvm.cli import sequences
 from anykvm.cli.common import BackendOption, ExitCode, Fail, JsonOption, ProfileOption, choose, print_json
 from anykvm.conformance import report
@@ -88,10 +89,15 @@ def record(
     recorder.main([*options, *(scenarios or [])])
 
 
+def _soft_as(expected: str) -> str:
+    """The soft backend as the kernel that is expected, or as the newest."""
+    return f"soft:{expected if expected in PROFILES else 'linux-7.3'}"
+
+
 @app.command("compare", help=COMPARE_HELP)
 def compare(
     expected: Annotated[str, typer.Argument(help="What is expected.")] = "linux-7.3",
-    got: Annotated[list[str] | None, typer.Argument(help="What is compared with it; default soft:linux-7.3.")] = None,
+    got: Annotated[list[str] | None, typer.Argument(help="What is compared; default soft with its profile.")] = None,
     scenarios: Scenarios = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.")] = None,
     json: JsonOption = False,
@@ -101,7 +107,7 @@ def compare(
     _check(scenarios)
     wanted = _records(expected, scenarios)
     names = scenarios or list(wanted.scenarios)
-    others = [_records(spec, [n for n in names if n in load()]) for spec in got or ["soft:linux-7.3"]]
+    others = [_records(spec, [n for n in names if n in load()]) for spec in got or [_soft_as(expected)]]
     comparison = report.compare(wanted, others, scenarios)
     if html:
         html.write_text(report.html(comparison))
