@@ -9,8 +9,10 @@ from contextlib import contextmanager
 import pytest
 
 import anykvm
+from anykvm.abi import KVM_CAP_GUEST_MEMFD_FLAGS
 from anykvm.backends import Backend, Probe, probe_device, probe_soft, soft_backend
 from anykvm.backends.device import DeviceBackend
+from anykvm.backends.soft.profiles import PROFILES
 from machine import Machine
 
 _PROBES: dict[str, Probe] = {}
@@ -32,9 +34,17 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return DeviceBackend() if request.param == "device" else soft_backend()
 
 
-@pytest.fixture(params=["documented", "linux-7.3"])
+@pytest.fixture(params=list(PROFILES))
 def each_profile(request: pytest.FixtureRequest) -> str:
-    """The soft backend's profiles in turn: what KVM_RUN promises, and what the kernel does of it."""
+    """The soft backend's profiles in turn: what KVM_RUN promises, and what kernels do of it."""
+    return str(request.param)
+
+
+@pytest.fixture(
+    params=[name for name, made in PROFILES.items() if made.capabilities.get(KVM_CAP_GUEST_MEMFD_FLAGS) != 0]
+)
+def mapping_profile(request: pytest.FixtureRequest) -> str:
+    """Those with guest_memfds that can be mapped, and be slots' of an ordinary VM."""
     return str(request.param)
 
 

@@ -152,6 +152,14 @@ def test_signals_end_it_orderly(
     assert os.listdir(tmp_path) == []
 
 
+def test_a_kernel_is_compared_with_its_own_profile() -> None:
+    require_soft()
+    done = anykvm("conformance", "compare", "linux-6.12", "--scenario", "sync_valid_bits")
+    assert done.returncode == 0 and re.search(r"soft:linux-6.12: .*: scenarios that agree: 1 of 1\n", done.stdout)
+    done = anykvm("conformance", "compare", "linux-6.12", "soft:linux-7.3", "--scenario", "sync_valid_bits")
+    assert done.returncode == 1 and "1 differs" in done.stdout
+
+
 def test_the_page_needs_nothing_else_and_escapes() -> None:
     same, other = records(read8=0), records(read8=-1)
     page = html(compare(same, [same, other._replace(label="<other>")]))

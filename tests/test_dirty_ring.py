@@ -17,6 +17,7 @@ import pytest
 import anykvm
 from anykvm import DirtyPage, DirtyRing, DirtyRingFull, GuestMemory, Hlt, Intr, Io, Mmio, Vcpu, abi
 from anykvm.abi import KVM_MEM_LOG_DIRTY_PAGES as LOG
+from anykvm.backends.soft import PROFILES
 from machine import CODE, DATA, PML4, Machine
 from soft_helpers import refused
 from test_dirty_log import HIGH, PAGE, STOP, WRITER, Checker, stress
@@ -155,7 +156,7 @@ def test_a_ring_outlives_its_vcpu(machine: RingMachine) -> None:
 
 
 def test_each_page_once_until_it_is_reset(machine: RingMachine, profile: str) -> None:
-    read = [9] if profile == "linux-7.3" else []  # user space has it writable
+    read = [9] if PROFILES[profile].map_writable else []  # user space has it writable
     machine.long_mode("movb $1, 0x1005000; movb $1, 0x1003000; movb $2, 0x1005008; mov 0x1009000, %al; hlt")
     machine.run_to_halt()
     machine.touch(6)
@@ -208,7 +209,7 @@ def test_what_user_space_writes_into_an_entry_does_no_harm(machine: RingMachine)
 
 
 def test_page_tables_are_pushed(machine: RingMachine, profile: str) -> None:
-    read = [CODE, DATA] if profile == "linux-7.3" else []
+    read = [CODE, DATA] if PROFILES[profile].map_writable else []
     machine.long_mode("mov 0x60000, %eax; hlt")
     machine.vm.set_user_memory_region(0, 0, machine.memory.size, machine.memory.address, LOG)
     machine.run_to_halt()

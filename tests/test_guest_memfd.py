@@ -32,14 +32,19 @@ def backend(each_profile: str) -> SoftBackend:
 
 
 @pytest.fixture
+def mapping_backend(mapping_profile: str) -> SoftBackend:
+    return SoftBackend(mapping_profile)
+
+
+@pytest.fixture
 def guest(backend: SoftBackend) -> Iterator[PrivateGuest]:
     with private_guest(backend) as made:
         yield made
 
 
 @pytest.mark.parametrize(("type", "flags"), [(abi.KVM_X86_DEFAULT_VM, 3), (abi.KVM_X86_SW_PROTECTED_VM, 1)])
-def test_flags_of_a_vm_type(backend: SoftBackend, type: int, flags: int) -> None:
-    with private_guest(backend, type) as guest:
+def test_flags_of_a_vm_type(mapping_backend: SoftBackend, type: int, flags: int) -> None:
+    with private_guest(mapping_backend, type) as guest:
         assert guest.vm.check_extension(abi.KVM_CAP_GUEST_MEMFD_FLAGS) == flags
         assert guest.vm.check_extension(abi.KVM_CAP_GUEST_MEMFD) == 1
         assert guest.vm.check_extension(abi.KVM_CAP_MULTI_ADDRESS_SPACE) == (1 if type else 2)
@@ -139,12 +144,12 @@ def test_the_last_descriptor(guest: PrivateGuest, close: str) -> None:
     guest.vm.unmap(1)
 
 
-def test_a_mapping_keeps_the_file(backend: SoftBackend) -> None:
-    with private_guest(backend, flags=MMAP) as guest:
+def test_a_mapping_keeps_the_file(mapping_backend: SoftBackend) -> None:
+    with private_guest(mapping_backend, flags=MMAP) as guest:
         guest.load(READ)
         guest.private()
         mapped = GuestMemory(PAGE, fd=guest.gmem)
-        backend.close(guest.gmem)
+        mapping_backend.close(guest.gmem)
         guest.gmem = -1
         assert guest.vcpu.run() == Hlt()
         mapped.close()
@@ -191,7 +196,8 @@ def test_every_page_is_given_back(backend: SoftBackend) -> None:
     assert now[0] <= before[0] and now[1] <= before[1]
 
 
-def test_mapping_by_the_backend(backend: SoftBackend) -> None:
+def test_mapping_by_the_backend(mapping_backend: SoftBackend) -> None:
+    backend = mapping_backend
     with private_guest(backend) as guest, refused(errno.ENODEV):
         backend.mmap(guest.gmem, PAGE, 0)
     with private_guest(backend, abi.KVM_X86_DEFAULT_VM, MMAP | INIT_SHARED) as guest:
@@ -202,7 +208,8 @@ def test_mapping_by_the_backend(backend: SoftBackend) -> None:
         backend.munmap(address, PAGE)
 
 
-def test_touching_private_memory_is_sigbus(backend: SoftBackend) -> None:
+def test_touching_private_memory_is_sigbus(mapping_backend: SoftBackend) -> None:
+    backend = mapping_backend
     with private_guest(backend, flags=MMAP) as guest:
         address = backend.mmap(guest.gmem, PAGE, 0)
         child = os.fork()
@@ -216,9 +223,9 @@ def test_touching_private_memory_is_sigbus(backend: SoftBackend) -> None:
         backend.munmap(address, PAGE)
 
 
-def test_slots_of_nothing_but_the_file(backend: SoftBackend) -> None:
+def test_slots_of_nothing_but_the_file(mapping_backend: SoftBackend) -> None:
     """With GUEST_MEMFD_FLAG_MMAP shared accesses use the file too, and user space sees what they write."""
-    with private_guest(backend, abi.KVM_X86_DEFAULT_VM, MMAP | INIT_SHARED) as guest:
+    with private_guest(mapping_backend, abi.KVM_X86_DEFAULT_VM, MMAP | INIT_SHARED) as guest:
         guest.shared.unmap(0, SIZE)
         guest.load("movq $0x1234, (%rbx); hlt")
         assert guest.vcpu.run() == Hlt()

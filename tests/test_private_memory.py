@@ -84,11 +84,11 @@ def test_attributes_outlive_slots(guest: PrivateGuest) -> None:
 
 
 def test_an_ordinary_vm_has_no_private_memory(backend: SoftBackend) -> None:
-    with private_guest(backend, type=abi.KVM_X86_DEFAULT_VM) as guest:
-        assert guest.vm.check_extension(abi.KVM_CAP_MEMORY_ATTRIBUTES) == 0
-        guest.public()
+    with anykvm.open(backend) as kvm, kvm.create_vm() as vm:
+        assert vm.check_extension(abi.KVM_CAP_MEMORY_ATTRIBUTES) == 0
+        vm.set_memory_attributes(AREA, SIZE, 0)
         with refused(errno.EINVAL):
-            guest.private()
+            vm.set_memory_attributes(AREA, SIZE, PRIVATE)
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------
@@ -328,8 +328,8 @@ def test_without_the_option_the_bit_is_reserved(guest: PrivateGuest) -> None:
     assert (trap.vector, trap.error) == (14, 9)
 
 
-def test_the_option_is_for_vms_with_private_memory(backend: SoftBackend) -> None:
-    with private_guest(SoftBackend(backend.profile, private_gpa_bit=BIT), type=abi.KVM_X86_DEFAULT_VM) as guest:
+def test_the_option_is_for_vms_with_private_memory(mapping_profile: str) -> None:
+    with private_guest(SoftBackend(mapping_profile, private_gpa_bit=BIT), type=abi.KVM_X86_DEFAULT_VM) as guest:
         guest.load(f"mov {ALIAS}, %rax; hlt")
         guest.private_alias()
         assert guest.trap().error == 9

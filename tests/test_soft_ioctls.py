@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -282,10 +283,15 @@ def test_feature_msrs(guest: Guest) -> None:
     assert error_of(guest.backend, guest.kvm, abi.KVM_GET_MSRS, ADDRESS(data)) == errno.E2BIG
 
 
+PLAIN = Profile("plain", annotate_unresolved=False)
+
+
 def test_profiles() -> None:
-    assert list(PROFILES) == ["documented", "linux-7.3"]
+    assert list(PROFILES) == ["documented", "linux-7.3", "linux-6.12"]
+    every = {"annotate_unresolved", "init_after_shutdown", "map_writable", "purge"}
     for profile in PROFILES.values():
-        assert set(profile.cites) == {"annotate_unresolved", "init_after_shutdown", "map_writable", "purge"}
+        own = {field.name for field in fields(profile) if getattr(profile, field.name) != getattr(PLAIN, field.name)}
+        assert set(profile.cites) == every | own - {"name", "cites"}
     small = Profile("small", annotate_unresolved=False, capabilities={abi.KVM_CAP_NR_MEMSLOTS: 8})
     backend = SoftBackend(small)
     kvm = backend.open()

@@ -15,6 +15,7 @@ import typer
 
 import anykvm
 from anykvm.backends import NAMES, Selection, select
+from anykvm.backends.soft.profiles import PROFILES
 
 
 class ExitCode(enum.IntEnum):
@@ -60,7 +61,7 @@ BackendOption = Annotated[
     str, typer.Option("--backend", metavar="|".join(NAMES), help="Whose KVM: the kernel's, or the one in user space.")
 ]
 ProfileOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Whose behaviour, with the soft backend; see `anykvm caps`.")
+    str | None, typer.Option(metavar="NAME", help=f"Whose behaviour, with the soft backend: {', '.join(PROFILES)}.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
 

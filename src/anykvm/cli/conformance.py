@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from anykvm.backends.soft.profiles import PROFILES
 from anykvm.cli import sequences
 from anykvm.cli.common import ExitCode, Fail, JsonOption, ProfileOption, check_writable, choose, print_json
 from anykvm.conformance import record as recorder
@@ -90,10 +91,15 @@ def record(
     recorder.main([*options, *(scenarios or [])])
 
 
+def _soft_as(expected: str) -> str:
+    """The soft backend as the kernel that is expected, or as the newest."""
+    return f"soft:{expected if expected in PROFILES else 'linux-7.3'}"
+
+
 @app.command("compare", help=COMPARE_HELP)
 def compare(
     expected: Annotated[str, typer.Argument(help="What is expected.")] = "linux-7.3",
-    got: Annotated[list[str] | None, typer.Argument(help="What is compared with it; default soft:linux-7.3.")] = None,
+    got: Annotated[list[str] | None, typer.Argument(help="What is compared; default soft with its profile.")] = None,
     scenarios: Scenarios = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.")] = None,
     json: JsonOption = False,
@@ -109,7 +115,7 @@ def compare(
     if missing := [name for name in scenarios or () if name not in wanted.scenarios]:
         raise Fail(ExitCode.USAGE, f"{expected} has no records of {', '.join(missing)}")
     names = scenarios or list(wanted.scenarios)
-    others = [_records(spec, [n for n in names if n in load()]) for spec in got or ["soft:linux-7.3"]]
+    others = [_records(spec, [n for n in names if n in load()]) for spec in got or [_soft_as(expected)]]
     comparison = report.compare(wanted, others, scenarios)
     if json:
         print_json(_plain(comparison))

@@ -13,7 +13,8 @@ with that kernel's profile), then after scenarios::
     reason = "..."
 
 ``through`` names other records of the same kernel: what is compared with these is compared with those, and what differs
-from those, on either side, is known here as well.
+from those, on either side, is known here as well. ``like`` names another kernel's: what soft does otherwise than that
+kernel, with its profile, it does otherwise than this one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ WHOLE: Final = "*"
 NOT_YET: Final = "not yet"
 """The status of a scenario that the backend does not have."""
 _THROUGH: Final = "through"
+_LIKE: Final = "like"
 
 
 class Known(NamedTuple):
@@ -83,11 +85,15 @@ def known(expected: str, got: str, scenario: str) -> list[Known]:
     ['fresh_guest_sees']
     >>> known("linux-7.3", "soft:documented", "fpu")
     []
+    >>> known("linux-6.12", "soft:linux-6.12", "fpu") == known("linux-7.3", "soft:linux-7.3", "fpu")
+    True
     """
-    through = tables(expected).get(_THROUGH)
-    found = list(_direct(expected, got, scenario))
+    through, like = (tables(expected).get(key) for key in (_THROUGH, _LIKE))
+    found = [*_direct(expected, got, scenario), *_direct(got, expected, scenario)]
     if through and table(through, got.partition(":")[0]):  # what those are compared with as well
         found += [*_direct(through, expected, scenario), *_direct(through, got, scenario)]
+    if like and got == f"soft:{expected}":
+        found += known(like, f"soft:{like}", scenario)
     return found
 
 

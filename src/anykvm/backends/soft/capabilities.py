@@ -92,10 +92,8 @@ OF_VM_TYPE: Final[Mapping[int | None, Mapping[int, int]]] = MappingProxyType(
 
 def check_extension(profile: Profile, capability: int, vm_type: int | None = None) -> int:
     """kvm_vm_ioctl_check_extension(): the value of a capability, 0 for one that is not offered."""
-    of_type = OF_VM_TYPE[vm_type].get(capability)
-    if of_type is not None:
-        return of_type
     if capability == c.KVM_CAP_NR_VCPUS:
         return min(os.cpu_count() or 1, KVM_MAX_VCPUS)  # the recommended number
-    value = profile.capabilities.get(capability)
-    return CAPABILITIES.get(capability, 0) if value is None else value
+    of_vm = profile.vm_capabilities if vm_type == c.KVM_X86_DEFAULT_VM else {}
+    sources = (of_vm, profile.capabilities, OF_VM_TYPE[vm_type], CAPABILITIES)
+    return next((values[capability] for values in sources if capability in values), 0)

@@ -92,9 +92,10 @@ class AddressSpace:
 class Memslots:
     """All memslots of a VM. The caller holds the VM's lock around every method."""
 
-    def __init__(self, vm_address: int, address_spaces: int) -> None:
-        """For the engine's VM at this address."""
+    def __init__(self, vm_address: int, address_spaces: int, *, guest_memfd: bool = True) -> None:
+        """For the engine's VM at this address; ``guest_memfd``: its slots can have one (KVM_CAP_GUEST_MEMFD)."""
         self._vm_address = vm_address
+        self._flags = _V1_FLAGS | (KVM_MEM_GUEST_MEMFD if guest_memfd else 0)
         self.spaces = tuple(AddressSpace() for _ in range(address_spaces))
         self._bindings = Bindings()
         self.nr_memslot_pages = 0
@@ -105,7 +106,7 @@ class Memslots:
 
         Refused: EINVAL, EEXIST (its frames belong to another slot), ENOMEM.
         """
-        check_region(region, len(self.spaces), v1=v1)
+        check_region(region, len(self.spaces), _V1_FLAGS if v1 else self._flags)
         space = self.spaces[region.slot >> 16]
         old = space.by_id.get(region.slot & 0xFFFF)
         npages = region.memory_size >> PAGE_SHIFT
@@ -150,17 +151,15 @@ class Memslots:
         self.nr_memslot_pages += (new.npages if new else 0) - (old.npages if old else 0)
 
 
-def check_region(region: Region, address_spaces: int, *, v1: bool) -> None:
+def check_region(region: Region, address_spaces: int, known_flags: int) -> None:
     """Check what does not depend on the slots there are: rows 3 to 12. Refused: EINVAL."""
     slot, flags, gpa, size, hva, _, offset = region
-    if v1 and flags & ~_V1_FLAGS:  # 3
-        raise Refused(errno.EINVAL, f"flags has unknown bits {flags & ~_V1_FLAGS:#x}")
+    if flags & ~known_flags:  # 3, 5
+        raise Refused(errno.EINVAL, f"flags has unknown bits {flags & ~known_flags:#x}")
     if slot & 0xFFFF >= KVM_USER_MEM_SLOTS:  # 4
         raise Refused(errno.EINVAL, f"slot is not below {KVM_USER_MEM_SLOTS} (KVM_CAP_NR_MEMSLOTS)")
     if flags & KVM_MEM_GUEST_MEMFD and flags != KVM_MEM_GUEST_MEMFD:  # 5
         raise Refused(errno.EINVAL, f"flags: {flags:#x}; with KVM_MEM_GUEST_MEMFD there can be no other")
-    if flags & ~(_V1_FLAGS | KVM_MEM_GUEST_MEMFD):  # 5
-        raise Refused(errno.EINVAL, f"flags has unknown bits {flags & ~(_V1_FLAGS | KVM_MEM_GUEST_MEMFD):#x}")
     if size % PAGE_SIZE:  # 6
         raise Refused(errno.EINVAL, "memory_size is not page aligned")
     if gpa % PAGE_SIZE:  # 7

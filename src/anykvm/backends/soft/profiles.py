@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Final
 
+from anykvm.abi import constants as c
 from anykvm.backends.soft.cpuid import MAXPHYADDR
 
 _MAX_ADDRESS_BIT: Final = 51
@@ -36,6 +37,21 @@ class Profile:
     """A triple fault leaves the vCPU reset (else: its registers stay, to be looked at)."""
     map_writable: bool = False
     """A page that the guest reads is dirty, the first time, if user space has it writable (else: only by a write)."""
+    emulate_in_delivery: bool = False
+    """Where the delivery of an exception or interrupt meets a device (no slot, or one that is read-only), the
+    instruction at RIP is emulated, again and again while the event waits (else: KVM_INTERNAL_ERROR_DELIVERY_EV)."""
+    any_efer: bool = False
+    """KVM_SET_SREGS takes any bits of EFER (else: EINVAL for those that CPUID does not have). The engine ignores those
+    it does not have."""
+    sync_low_half: bool = False
+    """Unknown bits of ``kvm_valid_regs`` and ``kvm_dirty_regs`` are EINVAL below bit 32 only (else: all)."""
+    stale_pre_fault: bool = False
+    """KVM_PRE_FAULT_MEMORY makes no progress, and ends with EINTR when a signal comes, from when a slot is deleted or
+    moved to the vCPU's next KVM_RUN (else: what happens to slots does not matter)."""
+    hypercall_as_6_12: bool = False
+    """``kvm_run.hypercall.ret`` is not written before the exit (else: 0). A KVM_HC_MAP_GPA_RANGE of 32-bit code with a
+    bit above 31 in RAX is 0 for the guest, which goes on; what the next exit without a completion of its own leaves in
+    ``hypercall.ret`` becomes RAX, three bytes further (else: the exit)."""
     purge: Purge = Purge.VCPU_RUN
     private_gpa_bit: int | None = None
     """In a KVM_X86_SW_PROTECTED_VM, the bit (40 to 51) of page table entries and CR3 by which the guest itself says
@@ -43,7 +59,9 @@ class Profile:
     access that does not fit the page's attribute is then EFAULT with memory_fault, in both directions. None: the access
     follows the attribute, as mainline's does in such a VM, and can never mismatch."""
     capabilities: Mapping[int, int] = field(default_factory=_nothing)
-    """Values of KVM_CHECK_EXTENSION that differ from ``capabilities.CAPABILITIES``."""
+    """Values of KVM_CHECK_EXTENSION that differ from ``capabilities.CAPABILITIES``; on VMs of any type, too."""
+    vm_capabilities: Mapping[int, int] = field(default_factory=_nothing)
+    """Those that differ in a VM of the default type only. Without KVM_CAP_GUEST_MEMFD its slots have no guest_memfd."""
     cites: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """For each field: the document or kernel function it follows."""
 
@@ -81,7 +99,37 @@ LINUX_7_3: Final = Profile(
     ),
 )
 
-PROFILES: Final[Mapping[str, Profile]] = MappingProxyType({p.name: p for p in (DOCUMENTED, LINUX_7_3)})
+LINUX_6_12: Final = replace(
+    LINUX_7_3,
+    name="linux-6.12",
+    emulate_in_delivery=True,
+    any_efer=True,
+    sync_low_half=True,
+    stale_pre_fault=True,
+    hypercall_as_6_12=True,
+    capabilities=MappingProxyType({c.KVM_CAP_GUEST_MEMFD_FLAGS: 0}),
+    vm_capabilities=MappingProxyType({c.KVM_CAP_GUEST_MEMFD: 0}),
+    cites=MappingProxyType(
+        {
+            **LINUX_7_3.cites,
+            "annotate_unresolved": "arch/x86/kvm/mmu/mmu.c:kvm_handle_error_pfn() of 6.12 ends in a bare -EFAULT",
+            "emulate_in_delivery": "arch/x86/kvm/x86.c:x86_emulate_instruction() of 6.12 does not ask whether an event "
+            "is being delivered; 7.3: svm.c:svm_check_emulate_instruction(), X86EMUL_UNHANDLEABLE_VECTORING",
+            "any_efer": "arch/x86/kvm/x86.c:kvm_is_valid_sregs() of 6.12; 7.3 also asks kvm_valid_efer()",
+            "sync_low_half": "arch/x86/kvm/x86.c:kvm_sync_valid_fields() of 6.12 is a u32, so its complement is, too",
+            "stale_pre_fault": "arch/x86/kvm/mmu.h:kvm_mmu_reload() of 7.3 frees obsolete roots, 6.12's does not: "
+            "mmu.c:is_page_fault_stale(), kvm_tdp_map_page()",
+            "hypercall_as_6_12": "arch/x86/kvm/x86.c:__kvm_emulate_hypercall() of 6.12 leaves hypercall.ret; "
+            "kvm_emulate_hypercall() compares all of RAX with KVM_HC_MAP_GPA_RANGE",
+            "capabilities": "include/uapi/linux/kvm.h of 6.12 has no KVM_CAP_GUEST_MEMFD_FLAGS; "
+            "virt/kvm/guest_memfd.c:kvm_gmem_create() takes no flag",
+            "vm_capabilities": "virt/kvm/kvm_main.c of 6.12: KVM_CAP_GUEST_MEMFD and check_memory_region_flags() ask "
+            "kvm_arch_has_private_mem()",
+        }
+    ),
+)
+
+PROFILES: Final[Mapping[str, Profile]] = MappingProxyType({p.name: p for p in (DOCUMENTED, LINUX_7_3, LINUX_6_12)})
 """Every profile by name."""
 
 
@@ -93,7 +141,7 @@ def profile(name: str | Profile) -> Profile:
     >>> profile("linux-2.6")
     Traceback (most recent call last):
     ...
-    ValueError: no profile named 'linux-2.6'; there are documented, linux-7.3
+    ValueError: no profile named 'linux-2.6'; there are documented, linux-7.3, linux-6.12
     """
     if isinstance(name, Profile):
         return name

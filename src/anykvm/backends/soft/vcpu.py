@@ -80,6 +80,19 @@ def file_size(ring_size: int) -> int:
     return RING_OFFSET + ring_size if ring_size else VCPU_MMAP_SIZE
 
 
+def _behaviour(profile: Profile) -> int:
+    """What the engine asks the profile: ``enum ak_behaviour``."""
+    choices = (
+        profile.init_after_shutdown,
+        profile.emulate_in_delivery,
+        profile.any_efer,
+        profile.sync_low_half,
+        profile.stale_pre_fault,
+        profile.hypercall_as_6_12,
+    )
+    return sum(1 << bit for bit, chosen in enumerate(choices) if chosen)
+
+
 def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, ring_size: int = 0) -> tuple[int, Vcpu]:
     """Make a vCPU of the engine's VM and a descriptor with its pages.
 
@@ -101,7 +114,7 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
             munmap(ring, ring_size)
         os.close(fd)
         raise
-    library().ak_vcpu_configure(address, profile.annotate_unresolved, profile.init_after_shutdown, bsp)
+    library().ak_vcpu_configure(address, profile.annotate_unresolved, _behaviour(profile), bsp)
     if ring_size:
         library().ak_dirty_ring_setup(address, ring, ring_size // ENTRY_SIZE)
     return fd, Vcpu(address, vcpu_id, pages, ring, ring_size)

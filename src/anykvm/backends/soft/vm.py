@@ -53,7 +53,8 @@ class Vm:
         """kvm->lock and kvm->slots_lock."""
         self.vcpus: dict[int, Vcpu] = {}
         """By vCPU id. A vCPU lives until its VM goes, also without a descriptor."""
-        self.memslots = Memslots(address, self.check_extension(c.KVM_CAP_MULTI_ADDRESS_SPACE))
+        spaces, gmem = map(self.check_extension, (c.KVM_CAP_MULTI_ADDRESS_SPACE, c.KVM_CAP_GUEST_MEMFD))
+        self.memslots = Memslots(address, spaces, guest_memfd=bool(gmem))
         self.tsc_khz = TSC_KHZ
         self.bsp_vcpu_id = 0
         self.max_vcpu_ids = 0

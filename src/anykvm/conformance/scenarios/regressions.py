@@ -333,12 +333,12 @@ REGRESSIONS: Final[dict[str, tuple[str, list[Step]]]] = {
     ),
     "cr8_over_init": (
         "A triple fault's INIT leaves CR8.",
-        [run(1, cr8=5), step("registers", changes=[["rsp", UNMAPPED]]), step("nmi"), run(1, cr8=5)],
+        [run(1, cr8=5), step("registers", changes=[["rsp", UNMAPPED + PAGE]]), step("nmi"), run(1, cr8=5)],
     ),
     "nmi_blocked_over_init": (
         "NMIs stay blocked when a triple fault has reset the vCPU.",
         [
-            step("registers", changes=[["rsp", UNMAPPED]]),
+            step("registers", changes=[["rsp", UNMAPPED + PAGE]]),
             step("nmi"),
             run(1),
             SHOW_EVENTS,

@@ -279,6 +279,16 @@ void cpu_loop_exit_atomic_x86_64(struct CPUState *cpu, uintptr_t retaddr)
     cpu_loop_exit_restore_x86_64(cpu, retaddr);
 }
 
+#define HLT 0xf4
+
+static void queue_ud(struct ak_vcpu *v)
+{
+    v->event.pending = 1;
+    v->event.vector = EXCP_UD;
+    v->event.has_error = 0;
+    v->event.error_code = 0;
+}
+
 /* KVM_INTERNAL_ERROR_EMULATION: an instruction KVM's emulator cannot fetch or handle. At CPL > 0 the guest gets #UD
  * (handle_emulation_failure()). */
 void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr)
@@ -287,9 +297,30 @@ void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr)
     v->nfragments = 0;
     if ((v->env->hflags & HF_CPL_MASK) != 0)
         ak_raise(v, EXCP_UD, 0, retaddr);
-    v->event.pending = 1; /* the guest gets it should the caller run it again */
-    v->event.vector = EXCP_UD;
-    v->event.has_error = 0;
-    v->event.error_code = 0;
+    queue_ud(v); /* the guest gets it should the caller run it again */
     ak_leave(v, AK_EXIT_EMULATION, retaddr);
+}
+
+/* AK_EMULATE_IN_DELIVERY: the delivery of an event met a device. KVM 6.12 does not look whose access it was, and emulates
+ * the instruction at RIP (x86_emulate_instruction(), which forgets exceptions); interrupts and NMIs stay injected, so each
+ * entry is one more instruction that is emulated. */
+void ak_emulate_instead(struct ak_vcpu *v)
+{
+    u8 code[15];
+    bool user = v->env->hflags & HF_CPL_MASK;
+    v->event.injected = 0;
+    v->exit.kind = AK_EXIT_KICKED;
+    if (!user && ak_instruction_bytes(v, code) && code[0] == HLT) { /* SVM's KVM asks nobody what emulator_halt() says */
+        v->env->eip++;
+        return;
+    }
+    if (ak_kvm_emulates(v)) {
+        v->emulation = AK_ARMED;
+        v->emulate_reached = 1; /* all of it is KVM's emulator's */
+        v->nlog = v->nreplay = v->nfragments = v->fragment = 0;
+        return;
+    }
+    queue_ud(v);
+    if (!user)
+        v->exit.kind = AK_EXIT_EMULATION;
 }

@@ -201,8 +201,10 @@ void ak_enter(struct ak_vcpu *v)
         v->emulate_alone = 0;
         v->nlog = v->nreplay = v->nfragments = 0;
     }
-    if (v->exit.kind == AK_EXIT_SHUTDOWN && v->init_after_shutdown)
+    if (v->exit.kind == AK_EXIT_SHUTDOWN && (v->behaviour & AK_INIT_AFTER_SHUTDOWN))
         init_after_shutdown(v);
+    if (v->exit.kind == AK_EXIT_DELIVERY && (v->behaviour & AK_EMULATE_IN_DELIVERY))
+        ak_emulate_instead(v);
     if (v->exit.kind == AK_EXIT_NONE)
         v->exit.kind = r == EXCP_HLT ? AK_EXIT_HLT : AK_EXIT_KICKED;
     if (v->exit.kind == AK_EXIT_MMIO && v->nfragments && !v->fragment)

@@ -154,6 +154,7 @@ struct ak_vm {
     u64 private_gpa_mask;     /* the guest says by this bit of an address which access is private; 0: by attribute */
     u64 hypercall_exits;      /* KVM_CAP_EXIT_HYPERCALL: numbers that go to user space */
     u32 map_writable;         /* profile: a page that is read is mapped for writing if it can be (mapped.c) */
+    volatile u32 zaps;        /* how often a slot has gone or moved */
 };
 
 /* A pending exception: kvm_queued_exception, kept over a KVM_RUN that failed while delivering it. */
@@ -174,6 +175,16 @@ struct ak_access_log {
 };
 
 enum ak_emulation { AK_NATIVE = 0, AK_ARMED, AK_RUNNING };
+
+/* What KVMs do differently, as profiles.py says it (vcpu.py) */
+enum ak_behaviour {
+    AK_INIT_AFTER_SHUTDOWN = 1,  /* a triple fault resets the vCPU, as SVM's KVM does */
+    AK_EMULATE_IN_DELIVERY = 2,  /* an event's delivery that meets a device has the instruction at RIP emulated */
+    AK_ANY_EFER = 4,             /* KVM_SET_SREGS does not look at EFER's bits */
+    AK_SYNC_LOW_HALF = 8,        /* of kvm_valid_regs and kvm_dirty_regs the upper 32 bits are not looked at */
+    AK_STALE_PRE_FAULT = 16,     /* KVM_PRE_FAULT_MEMORY waits for a signal from a slot's deletion to the next KVM_RUN */
+    AK_HYPERCALL_6_12 = 32,      /* kvm_run.hypercall.ret is not written; a 32-bit call's RAX counts with 64 bits */
+};
 
 /* What run.py completes at the next KVM_RUN (vcpu->arch.complete_userspace_io) */
 enum ak_completion { AK_COMPLETE_NONE = 0, AK_COMPLETE_PIO, AK_COMPLETE_STRING_IN, AK_COMPLETE_MMIO_READ, AK_COMPLETE_MMIO_WRITE,
@@ -244,7 +255,8 @@ struct ak_vcpu {
     u32 single_step_sse;      /* MXCSR has an unmasked exception: instruction by instruction */
     u64 emulate_rip;          /* where the instruction waits for a read's answer */
     u64 emulate_gpa;          /* the page that started it */
-    u32 init_after_shutdown;  /* profile: a triple fault resets the vCPU, as SVM's KVM does */
+    u32 behaviour;            /* profile: enum ak_behaviour */
+    u32 zaps;                 /* those of the VM that were before it last entered the guest */
     u32 emulate_reached;      /* it has been got to: what comes before it faults as in native execution */
     u64 pio_rip;              /* linear rip of the pending PIO instruction */
     u32 pio_len, pio_size, pio_count, pio_in;
@@ -458,6 +470,7 @@ bool ak_unaligned_load(struct ak_vcpu *v, u64 addr, u32 oi, u32 size, uintptr_t 
 void ak_write_check(struct ak_vcpu *v, u64 gpa, uintptr_t retaddr);
 bool ak_emulate_reaches(struct ak_vcpu *v, u64 gpa, bool device);
 void ak_emulate_failed(struct ak_vcpu *v, uintptr_t retaddr) __attribute__((noreturn));
+void ak_emulate_instead(struct ak_vcpu *v);
 
 /* pio.c */
 u8 *ak_pio_data(struct ak_vcpu *v);

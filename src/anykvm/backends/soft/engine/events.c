@@ -231,8 +231,8 @@ _Bool x86_cpu_exec_interrupt_x86_64(struct CPUState *cpu, int request)
         v->kick |= cpu->exit_request; /* a kick waits for the instruction */
         cpu->exit_request = 0;
         ak_emulate_boundary(v);
-        if (v->emulation == AK_NATIVE && v->kick)
-            cpu->exit_request = 1;
+        if (v->emulation == AK_NATIVE && (v->kick || v->event.nmi_injected || v->event.irq_injected))
+            cpu->exit_request = 1; /* injected: before the next instruction, so by the next entry */
         if (v->stopping && v->emulation == AK_NATIVE)
             cpu->exit_request = 1;
         return true;

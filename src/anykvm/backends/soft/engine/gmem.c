@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 struct failure {
@@ -246,6 +247,16 @@ static int pre_fault_error(struct ak_vcpu *v, const struct ak_translation *t)
     return t->pfn == KVM_PFN_OK ? 0 : -EFAULT;
 }
 
+/* AK_STALE_PRE_FAULT: KVM 6.12 does not reload the page tables that the deletion of a slot has made obsolete, so a page, or
+ * its want of a slot, is RET_PF_RETRY (is_page_fault_stale()), again and again until there is a signal. That is waited for. */
+static int retried_in_vain(struct ak_vcpu *v)
+{
+    const struct timespec while_nothing = {.tv_nsec = 1000000};
+    while (!ak_signal_pending(v) && !v->vm->dead)
+        nanosleep(&while_nothing, NULL);
+    return -EINTR;
+}
+
 /* One page, during which slots wait. 0 or a negative errno. */
 static int pre_fault_page(struct ak_vcpu *v, u64 gpa)
 {
@@ -265,7 +276,9 @@ static int pre_fault_page(struct ak_vcpu *v, u64 gpa)
     ak_guest_exit(v);
     if (v->pokes != v->pokes_seen)
         ak_pokes_settle(v);
-    return pre_fault_error(v, &t);
+    int r = pre_fault_error(v, &t);
+    bool stale = (v->behaviour & AK_STALE_PRE_FAULT) && v->zaps != v->vm->zaps;
+    return stale && (!r || r == -ENOENT) ? retried_in_vain(v) : r;
 }
 
 /* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): range is the request's gpa and size, moved past what was done. 0

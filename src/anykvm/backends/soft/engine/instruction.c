@@ -62,7 +62,7 @@ static bool emulates(const struct ak_vcpu *v, const u8 *code, u32 size)
     if (n == size)
         return true; /* not enough seen to say no */
     u8 op = code[n], second = n + 1 < size ? code[n + 1] : 0, group = (second >> 3) & 7;
-    if (op == 0xcf) /* em_iret(): real mode only */
+    if (op >= 0xcc && op <= 0xcf) /* emulate_int(), em_iret(): real mode only */
         return !(v->env->cr[0] & CR0_PE);
     if (op == 0x62 && (mode64 || second < 0xc0)) /* BOUND */
         return false;

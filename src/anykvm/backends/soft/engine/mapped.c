@@ -112,6 +112,7 @@ void ak_unmap_page(struct ak_slot *slot, u64 gfn)
  * is in guest mode. */
 void ak_zap_all(struct ak_vm *vm)
 {
+    vm->zaps++;
     for (u32 i = 0; vm->map_writable && i < vm->nslots; i++)
         if (vm->slots[i]->any_mapped) {
             memset(vm->slots[i]->mapped, 0, (vm->slots[i]->npages + 63) / 64 * sizeof(u64));

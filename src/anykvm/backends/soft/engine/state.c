@@ -123,9 +123,10 @@ static int check_sregs(struct ak_vcpu *v, const struct kvm_sregs *s)
             return -EINVAL;
     } else if ((s->efer & EFER_LMA) || s->cs.l)
         return -EINVAL;
-    if (ak_check_cr0(s->cr0) || (s->cr4 & (v->cpuid ? ak_cr4_reserved(v) : ~CR4_SUPPORTED)) || (s->efer & ~EFER_SUPPORTED))
+    if (ak_check_cr0(s->cr0) || (s->cr4 & (v->cpuid ? ak_cr4_reserved(v) : ~CR4_SUPPORTED)))
         return -EINVAL;
-    if (v->cpuid && (s->efer & (EFER_LME | EFER_LMA | EFER_NXE) & ak_efer_reserved(v)))
+    u64 efer = v->cpuid ? (EFER_LME | EFER_LMA | EFER_NXE) & ak_efer_reserved(v) : 0;
+    if ((s->efer & (efer | ~EFER_SUPPORTED)) && !(v->behaviour & AK_ANY_EFER))
         return -EINVAL;
     return (s->apic_base >> AK_MAXPHYADDR) || (s->apic_base & 0x6ff) ? -EINVAL : 0; /* no x2APIC */
 }

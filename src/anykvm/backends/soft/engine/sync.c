@@ -136,7 +136,8 @@ void ak_complete_hypercall(struct ak_vcpu *v)
 }
 
 /* kvm_emulate_hypercall(). True: KVM_HC_MAP_GPA_RANGE (gpa, pages, attributes), and user space asked to answer it; its
- * arguments are in kvm_run. Any other is answered here. kvm_run.hypercall.ret is written in either case. */
+ * arguments are in kvm_run. Any other is answered here. kvm_run.hypercall.ret is written in either case; but see AK_HYPERCALL_6_12:
+ * kvm_emulate_hypercall() of 6.12 takes all of RAX for the call's number when it looks whether user space is to answer. */
 bool ak_hypercall(struct ak_vcpu *v)
 {
     const u64 *regs = v->env->regs, mask = v->env->hflags & HF_CS64_MASK ? ~0ull : 0xffffffffull;
@@ -147,16 +148,21 @@ bool ak_hypercall(struct ak_vcpu *v)
     else if (nr == AK_HC_MAP_GPA_RANGE && (v->vm->hypercall_exits & (1ull << AK_HC_MAP_GPA_RANGE))) {
         if (!(gpa & ~AK_PAGE_MASK) && (gpa >> 12) + npages > gpa >> 12) {
             exit->nr = nr;
-            exit->ret = 0;
+            exit->ret = v->behaviour & AK_HYPERCALL_6_12 ? exit->ret : 0;
             exit->args[0] = gpa;
             exit->args[1] = npages;
             exit->args[2] = regs[R_EDX] & mask;
             exit->flags = mask == ~0ull ? HYPERCALL_LONG_MODE : 0;
-            return true;
-        }
-        result = (u64)-EINVAL;
+            if (!(v->behaviour & AK_HYPERCALL_6_12) || regs[R_EAX] == nr)
+                return true;
+            v->run->exit_reason = KVM_EXIT_HYPERCALL; /* and the guest goes on, with the completion pending */
+            v->completion = AK_COMPLETE_HYPERCALL;
+            result = 0;
+        } else
+            result = (u64)-EINVAL;
     }
-    exit->ret = result;
+    if (!(v->behaviour & AK_HYPERCALL_6_12))
+        exit->ret = result;
     finish_hypercall(v, result);
     return false;
 }
@@ -183,6 +189,7 @@ void ak_run_guest(struct ak_vcpu *v)
         return;
     }
     ak_guest_enter(v);
+    v->zaps = v->vm->zaps;
     v->in_guest = 1;
     ak_ticker_arm(v);
     ak_enter(v);
