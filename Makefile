@@ -11,7 +11,7 @@ help:
 	@echo "make test   set up, then lint, types and all tests"
 	@echo "make oracle set up, then record what real kernels do (in QEMU, a few minutes) and compare: oracle.html;"
 	@echo "            and explain a real kernel's bare EFAULTs"
-	@echo "make random set up, then 2,000 random sequences on a real kernel (in QEMU, a quarter of an hour) and on soft"
+	@echo "make random set up, then 4,000 random sequences on a real kernel (in QEMU, half an hour) and on soft"
 	@echo "make annotate  set up, then 10,000 generated faults: does the annotate layer find the cause of each?"
 	@echo "make stress set up, then 5 minutes of vCPUs whose memory changes in all ways under them (SECONDS=, SEED=)"
 	@echo "make bench  set up, then the speed table beside its peers (bench-results.json)"
@@ -49,7 +49,7 @@ oracle: setup
 # As `make oracle`. Ended, it goes on where it was: what the kernel did is in build/random.
 random: setup
 	@mkdir -p build/random
-	@$(BIN)/anykvm conformance random --seeds 0:2000 --kernel 7.3 --records build/random/linux-7.3.jsonl \
+	@$(BIN)/anykvm conformance random --seeds 0:4000 --kernel 7.3 --records build/random/linux-7.3.jsonl \
 		--archive build/random/random-linux-7.3.jsonl.xz
 	@echo "make random: done; the kernel's records are in build/random"
 

@@ -125,7 +125,7 @@ def test_a_scenario_that_is_not_recorded_is_no_agreement() -> None:
     [
         (("compare", "linux-7.3", "soft:linux-7.3"), "soft:linux-7.3: "),
         (("record", "records"), "soft: "),
-        (("random", "--jobs", "2"), "soft: 100 of 2000"),
+        (("random", "--jobs", "2"), "soft: 100 of 4000"),
     ],
 )
 def test_signals_end_it_orderly(

@@ -15,7 +15,7 @@ from anykvm.conformance.golden_file import Record
 from anykvm.conformance.sequences import Sequence, Step, generate, step
 from anykvm.conformance.sequences.archive import kernel_archive, read_archive, slim, write_archive
 from anykvm.conformance.sequences.batch import Batch, in_oracle, parse_seeds, read_batch, record_batch
-from anykvm.conformance.sequences.disagreement import KNOWN, Disagreement, disagreement, disagreements
+from anykvm.conformance.sequences.disagreement import Disagreement, disagreement, disagreements
 from anykvm.conformance.sequences.guest_programs import GROUPS, MODES
 from anykvm.conformance.sequences.perform import OPS
 from anykvm.conformance.sequences.shorten import shorten
@@ -23,7 +23,7 @@ from conftest import probe
 from machine import assemble
 from vmm_helpers import anykvm, assert_one_line
 
-EVERY: Final = 1 if os.environ.get("ANYKVM_RANDOM") == "1" else 8
+EVERY: Final = 1 if os.environ.get("ANYKVM_RANDOM") == "1" else 2
 """Which sequences are run here; `make random` runs all, on the kernel too."""
 BITS: Final = {"protected": 32, "real": 16}
 KERNEL: Final = kernel_archive("linux-7.3")
@@ -32,20 +32,19 @@ KERNEL: Final = kernel_archive("linux-7.3")
 def test_the_archive_says_of_which_kernel_and_when() -> None:
     about = KERNEL.about
     assert about["kernel"].startswith("7.3.") and about["modules"] == ["kvm_amd"] and len(about["date"]) == 10
-    assert sorted(KERNEL.sequences) == list(range(2000))
+    assert sorted(KERNEL.sequences) == list(range(4000))
 
 
+@pytest.mark.timeout(900)
 def test_soft_does_what_the_kernel_did() -> None:
     found = probe("soft")
     if not found.usable:
         pytest.skip(f"soft backend: {found.reason}")
-    seeds = sorted({*range(0, 2000, EVERY), *KNOWN})
+    seeds = list(range(0, 4000, EVERY))
     got = {seed: [slim(r) for r in records] for seed, records in record_batch(seeds, "soft", "linux-7.3", jobs=2)}
     assert sorted(got) == seeds
-    found = list(disagreements(KERNEL.sequences, got))
-    told = [line for one in found if one.seed not in KNOWN for line in one.lines()]
+    told = [line for one in disagreements(KERNEL.sequences, got) for line in one.lines()]
     assert not told, "\n".join(told)
-    assert KNOWN.keys() == {one.seed for one in found}, "what agrees now is to be taken off the list"
 
 
 def test_the_sequences_have_all_kinds_of_steps() -> None:

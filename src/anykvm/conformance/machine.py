@@ -28,7 +28,7 @@ from anykvm.conformance.outcome import Outcome, attempt
 from anykvm.conformance.signals import Signals
 
 _TSS_ADDR: Final = 0xFFFBD000
-_MAX_FRAGMENTS: Final = 16
+_MAX_FRAGMENTS: Final = 64
 _TIMEOUT: Final = 2.0
 _KEPT: Final = (c.KVM_EXIT_MMIO, c.KVM_EXIT_HYPERCALL, c.KVM_EXIT_X86_RDMSR, c.KVM_EXIT_X86_WRMSR)
 MMIO_DATA: Final = 40

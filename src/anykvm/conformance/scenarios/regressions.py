@@ -143,6 +143,20 @@ REGRESSIONS: Final[dict[str, tuple[str, list[Step]]]] = {
             SHOW_REGS,
         ],
     ),
+    "outs_ends_shadow": (
+        "OUTS, which KVM emulates, ends STI's shadow, so that an NMI that waited comes with the next entry.",
+        [
+            guest("ports", "rep outsd", rsi=FREE, rcx=3),
+            run(1),
+            state("events", flags=12, interrupt__shadow=1, nmi__pending=1),
+            run(4),
+            SHOW_REGS,
+        ],
+    ),
+    "outs_over_pages": (
+        "OUTS over the end of a page: the second page's fault comes before the first page's device.",
+        [guest("ports", "outsd", rsi=UNMAPPED - 2), run(3), SHOW_REGS],
+    ),
     "events_refused_last": (
         "KVM_SET_VCPU_EVENTS that fails for the triple fault has set all else, but nothing looks at it.",
         [

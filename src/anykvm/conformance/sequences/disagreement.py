@@ -10,8 +10,6 @@ from anykvm.conformance.golden_file import Record
 from anykvm.conformance.sequences.generator import Sequence, generate
 
 _SHOWN: Final = 8
-KNOWN: Final[dict[int, str]] = {}
-"""Seeds whose sequences differ from 7.3's, and why that is left so."""
 
 
 class Disagreement(NamedTuple):

@@ -214,18 +214,22 @@ def refused(choose: Choose) -> list[Step]:
 
 
 def events(choose: Choose) -> list[Step]:
-    """Set events, and leave them so; then run.
-
-    Of an exception, an interrupt and an NMI one at most is injected; the scenarios ``events_at_once`` have sets of
-    them.
-    """
+    """Set events, and leave them so; then run."""
+    several = choose.chance(0.3)
     one = choose.of(["interrupt.injected", "nmi.injected", "exception"])
-    palette = {field: values for field, values in _OTHERS["events"].items() if field not in _INJECTED or field == one}
+    unwanted = {field for field in _INJECTED if not (field == one or (several and not field.startswith("exception")))}
+    palette = {field: values for field, values in _OTHERS["events"].items() if field not in unwanted}
     fields = [choose.of(list(palette)) for _ in range(choose.between(1, 3))]
     changes = [[field, choose.of(palette[field])] for field in fields]
-    changes += [[field, 0] for field in _INJECTED if field != one]
+    changes += [[field, 0] for field in _INJECTED if field in unwanted]
+    if several:
+        changes += [["nmi.injected", int(choose.chance(0.4))], ["interrupt.injected", int(choose.chance(0.6))]]
     if one == "exception":
         changes += _exception(choose)
+    if ["interrupt.injected", 1] in changes:
+        changes = [pair for pair in changes if pair[0] != "interrupt.soft"]
+        if all(pair[0] != "interrupt.nr" for pair in changes):
+            changes.append(["interrupt.nr", 0x40])  # not that of an earlier one
     return [step("state", kind="events", changes=changes, restore=choose.chance(0.3)), runs(choose)]
 
 

@@ -115,7 +115,6 @@ LEFT_OUT: Final = {
     "CMPS with a device": "KVM reads RSI's first, the engine RDI's",
     "SCAS with a device": "KVM writes the flags back when it ends, the engine after each item",
     "PUSHA and far pointers with a device, 16 bytes over a page": "KVM accesses a device in other portions",
-    "code that changes itself": "not tried yet",
     "the upper halves of registers in 32-bit code": "the engine takes them for 0",
     "CMPXCHG16B, SGDT, SIDT, LGDT, LIDT, SLDT, STR with a device": "KVM reads first, and other sizes",
     "a jump, by a device's answer, to an address that is not canonical": "KVM's emulator refuses, a processor jumps",
@@ -126,8 +125,9 @@ LEFT_OUT: Final = {
     "(emulator_can_use_gpa())",
     "exceptions of 32-bit code": "the handlers are 64-bit code, run as 16-bit code above 64 KiB",
     "an exception on a stack that is a device": "7.3 tries for ever once it knows the page (npf_interception())",
-    "two injected events in one KVM_SET_VCPU_EVENTS": "the scenarios events_at_once have every set of them",
+    "EFER.LME in real mode": "the oracle's emulated processor does not come back from the guest",
     "the exception and interrupt numbers of events that are over": "stale fields of the kernel's",
+    "a software interrupt that is injected": "a stale svm->next_rip decides; the scenario regression_soft_interrupt",
     "CR2 after another exception than #PF, XSETBV before CR4.OSXSAVE, a guest's LSTAR that is not canonical": "the "
     "emulated processor of the oracle",
     "flags that an instruction leaves undefined": "a processor's, or its emulator's",

@@ -262,6 +262,9 @@ SYSTEM: Final = {
     "rdpmc": "0f33",
     "syscall": "0f05",
     "sysenter": "0f34",
+    "mov byte ptr [rip], 0xf4; nop": "c60500000000f490",
+    "mov word ptr [rip + 1], 0xf4f4; nop; nop; nop": "66c70501000000f4f4909090",
+    "mov dword ptr [rip - 4], 0x90909090; inc rax": "c705fcffffff9090909048ffc0",
 }
 """System instructions, and instructions that KVM intercepts. 64-bit code."""
 PROTECTED: Final = {

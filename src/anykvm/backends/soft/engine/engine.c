@@ -146,8 +146,10 @@ static void init_after_shutdown(struct ak_vcpu *v)
     u64 cache = v->env->cr[0] & (CR0_CD | CR0_NW);
     u64 cr8 = v->cr8;
     u32 blocked = v->env->hflags2 & HF2_NMI_MASK;
+    u8 irq_vector = v->event.irq_vector; /* kvm_clear_interrupt_queue() */
     reset_or_init(v);
     v->cr8 = cr8;
+    v->event.irq_vector = irq_vector;
     v->env->cr[0] = cache | 0x10;
     v->env->hflags2 |= blocked;
 }

@@ -72,6 +72,14 @@ static u64 string_address(struct ak_vcpu *v, const struct string_io *s)
     return (u32)(base + at);
 }
 
+/* toggle_interruptibility(): the emulator has done something, which ends STI's shadow. */
+static void end_shadow(struct ak_vcpu *v)
+{
+    if (v->env->hflags & HF_INHIBIT_IRQ_MASK)
+        ak_request_event(v);
+    v->env->hflags &= ~HF_INHIBIT_IRQ_MASK;
+}
+
 static void retire(struct ak_vcpu *v, const struct string_io *s)
 {
     v->env->eip += s->len;
@@ -83,6 +91,7 @@ static void advance(struct ak_vcpu *v, const struct string_io *s, u32 items)
     int64_t step = (v->env->df < 0 ? -1 : 1) * (int64_t)s->size * items;
     int reg = s->in ? R_EDI : R_ESI;
     set_reg(v, reg, s->addr_bytes, v->env->regs[reg] + (u64)step);
+    end_shadow(v);
     if (s->rep) { /* RIP stays: the instruction retires when it runs again and finds RCX 0 */
         set_reg(v, R_ECX, s->addr_bytes, (v->env->regs[R_ECX] - items) & address_mask(s->addr_bytes));
         v->env->eflags |= RFLAGS_RF;
@@ -98,6 +107,18 @@ int ak_data_mmu_index(const struct ak_vcpu *v)
     return !(v->env->hflags & HF_SMAP_MASK) || (v->env->eflags & RFLAGS_AC) ? 2 : MMU_KSMAP_IDX;
 }
 
+/* The first stage of such an access, or its fault. */
+static void walk(struct ak_vcpu *v, u64 va, bool write, struct ak_translation *t)
+{
+    int r = ak_walk(v, va, write ? AK_WRITE : AK_READ, ak_data_mmu_index(v), true, t);
+    if (r == AK_WALK_GP)
+        ak_raise(v, EXCP_GP, 0, 0);
+    if (r == AK_WALK_OK)
+        return;
+    v->env->cr[2] = va;
+    ak_raise(v, EXCP_PF, (int)t->error_code, 0);
+}
+
 /* Copy guest memory through both stages as KVM's emulator does: what the host refuses becomes device accesses. */
 static u32 guest_copy(struct ak_vcpu *v, u64 va, u8 *data, u32 size, bool write)
 {
@@ -107,13 +128,7 @@ static u32 guest_copy(struct ak_vcpu *v, u64 va, u8 *data, u32 size, bool write)
         u64 at = va + done;
         u32 part = size - done, room = (u32)(AK_PAGE_SIZE - (at & ~AK_PAGE_MASK));
         part = part < room ? part : room;
-        int r = ak_walk(v, at, write ? AK_WRITE : AK_READ, ak_data_mmu_index(v), true, &t);
-        if (r == AK_WALK_GP)
-            ak_raise(v, EXCP_GP, 0, 0);
-        if (r != AK_WALK_OK) {
-            v->env->cr[2] = at;
-            ak_raise(v, EXCP_PF, (int)t.error_code, 0);
-        }
+        walk(v, at, write, &t);
         ak_emulator_pfn(v, t.gpa, write ? AK_WRITE : AK_READ, &t);
         u64 hva = t.hva | (at & ~AK_PAGE_MASK), gpa = t.gpa | (at & ~AK_PAGE_MASK);
         bool ram = t.pfn == KVM_PFN_OK;
@@ -131,6 +146,9 @@ static u32 guest_copy(struct ak_vcpu *v, u64 va, u8 *data, u32 size, bool write)
             if (v->nreplay < v->nlog)
                 memcpy(data + done, &v->log[v->nreplay++].data, part);
             else {
+                struct ak_translation rest = {0};
+                if (done + part < size)
+                    walk(v, at + part, false, &rest); /* the other page's fault comes before the device */
                 v->log[v->nlog] = (struct ak_access_log){.gpa = gpa, .size = (u8)part};
                 v->exit.gpa = gpa;
                 v->exit.size = part;
