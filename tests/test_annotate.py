@@ -249,7 +249,7 @@ def test_faults_are_explained_as_they_were(mode: str, count: int) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_generated_opcodes_are_explained_as_they_were(mode: str) -> None:
     """A part of them; `make annotate` runs all."""
-    result, _ = run_opcodes(600, 1, mode)
+    result = run_opcodes(600, 1, mode)
     assert not result.wrong, "\n".join([str(result), *result.wrong[:20]])
     assert result.faults > 60 and {"operand", "stack"} <= set(result.roles)
 
