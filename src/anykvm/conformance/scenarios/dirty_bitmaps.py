@@ -15,7 +15,7 @@ from anykvm.conformance.layout import CODE, TEST
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.outcome import Outcome, attempt
 from anykvm.conformance.scenario import Lab, scenario
-from anykvm.conformance.scenarios.dirty_log import dirty_log
+from anykvm.conformance.scenarios.dirty_log import dirty_log, record_bits
 
 AREA = "dirty_log"
 NEEDS: Final = ("dirty_log",)
@@ -31,11 +31,6 @@ def _logged(lab: Lab, pages: int = 16) -> tuple[Machine, Host]:
     return m, host
 
 
-def _bits(lab: Lab, m: Machine, step: str, slot: int = 1) -> None:
-    outcome, bitmap = dirty_log(m, slot)
-    lab.step(step, outcome, bitmap=hex(bitmap))
-
-
 def _clear(m: Machine, first: int, count: int, bits: int, slot: int = 1) -> Outcome:
     bitmap = (ctypes.c_uint64 * 4)(bits, bits, bits, bits)
     request = kvm_clear_dirty_log(slot=slot, num_pages=count, first_page=first)
@@ -48,7 +43,7 @@ def dirty_by_guest(lab: Lab) -> None:
     """What makes a page dirty: each kind of write; and a read or fetch where user space's page is writable already."""
     m, host = _logged(lab)
     host.put(15 * PAGE, code.TARGET)
-    _bits(lab, m, "user_space_wrote")
+    record_bits(lab, m, "user_space_wrote")
     for page, (step, guest) in enumerate(
         (
             ("read", code.READ8),
@@ -62,13 +57,13 @@ def dirty_by_guest(lab: Lab) -> None:
     ):
         m.at(guest, TEST + page * PAGE + 0x100)
         m.run(step)
-        _bits(lab, m, f"after_{step}")
+        record_bits(lab, m, f"after_{step}")
     m.at(code.LOCK_CMPXCHG, TEST, rax=1)
     m.run("cmpxchg_unequal")
-    _bits(lab, m, "after_cmpxchg_unequal")
+    record_bits(lab, m, "after_cmpxchg_unequal")
     m.at(code.JUMP, TEST + 15 * PAGE)
     m.run("fetch")
-    _bits(lab, m, "after_fetch")
+    record_bits(lab, m, "after_fetch")
 
 
 @scenario("dirty_by_strings", area=AREA, needs=NEEDS)
@@ -77,18 +72,18 @@ def dirty_by_strings(lab: Lab) -> None:
     m, _ = _logged(lab)
     m.string(code.REP_STOSB, TEST + PAGE - 8, 0, PAGE + 16)
     m.run("rep_stos")
-    _bits(lab, m, "after_rep_stos")
+    record_bits(lab, m, "after_rep_stos")
     m.string(code.REP_INSB, TEST + 5 * PAGE, 0, 4)
     m.run("rep_ins")
-    _bits(lab, m, "at_exit")
+    record_bits(lab, m, "at_exit")
     m.run("rep_ins_done")
-    _bits(lab, m, "after_rep_ins")
+    record_bits(lab, m, "after_rep_ins")
     m.at(code.WRITE8, TEST + 8 * PAGE - 4)
     m.run("crossing")
-    _bits(lab, m, "after_crossing")
+    record_bits(lab, m, "after_crossing")
     m.string(code.REP_MOVSB, TEST + 10 * PAGE, CODE, 0)
     m.run("rep_movs_of_nothing")
-    _bits(lab, m, "after_nothing")
+    record_bits(lab, m, "after_nothing")
 
 
 @scenario("dirty_page_tables", area=AREA, needs=NEEDS)
@@ -101,10 +96,10 @@ def dirty_page_tables(lab: Lab) -> None:
     table.put64(8, table.get64(8) & ~0x60)
     m.at(code.READ8, TEST + PAGE)
     m.run("read")
-    _bits(lab, m, "accessed_set")
+    record_bits(lab, m, "accessed_set")
     m.at(code.WRITE8, TEST + PAGE)
     m.run("write")
-    _bits(lab, m, "dirty_set")
+    record_bits(lab, m, "dirty_set")
 
 
 @scenario("dirty_read_only", area=AREA, needs=NEEDS)
@@ -115,7 +110,7 @@ def dirty_read_only(lab: Lab) -> None:
     m.at(code.WRITE8, TEST)
     m.run("write")
     m.run("done")
-    _bits(lab, m, "bits")
+    record_bits(lab, m, "bits")
 
 
 @scenario("dirty_log_arguments", area=AREA, needs=NEEDS)
@@ -171,7 +166,7 @@ def dirty_log_switched(lab: Lab) -> None:
         if step == "moved":
             m.run("write_moved")
         if flags:
-            _bits(lab, m, f"bits_{step}")
+            record_bits(lab, m, f"bits_{step}")
 
 
 @scenario("clear_dirty_log_arguments", area=AREA, needs=NEEDS)
@@ -217,15 +212,15 @@ def manual_protect(lab: Lab) -> None:
     for page in (1, 3):
         m.at(code.WRITE8, TEST + page * PAGE)
         m.run("write")
-    _bits(lab, m, "first")
-    _bits(lab, m, "second")
+    record_bits(lab, m, "first")
+    record_bits(lab, m, "second")
     lab.step("clear_page_1", _clear(m, 0, 16, 0b10))
-    _bits(lab, m, "page_1_cleared")
+    record_bits(lab, m, "page_1_cleared")
     m.at(code.WRITE8, TEST + PAGE)
     m.run("write_again")
-    _bits(lab, m, "dirty_again")
+    record_bits(lab, m, "dirty_again")
     lab.step("clear_what_is_clean", _clear(m, 0, 16, 0b100))
-    _bits(lab, m, "unchanged")
+    record_bits(lab, m, "unchanged")
 
 
 @scenario("initially_set", area=AREA, needs=NEEDS)

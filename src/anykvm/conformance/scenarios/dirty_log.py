@@ -26,6 +26,12 @@ def dirty_log(m: Machine, slot: int) -> tuple[Outcome, int]:
     return outcome, bitmap.value
 
 
+def record_bits(lab: Lab, m: Machine, step: str, slot: int = 1) -> None:
+    """Record a slot's dirty log, which that clears."""
+    outcome, bitmap = dirty_log(m, slot)
+    lab.step(step, outcome, bitmap=hex(bitmap))
+
+
 @scenario("dirty", area=AREA, needs=("dirty_log",))
 def dirty(lab: Lab) -> None:
     """A write sets its page's bit, again after the log was read; a write that faulted does not."""

@@ -22,7 +22,7 @@ from anykvm.conformance.layout import TEST
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.outcome import attempt
 from anykvm.conformance.scenario import Lab, scenario
-from anykvm.conformance.scenarios.dirty_log import dirty_log
+from anykvm.conformance.scenarios.dirty_log import record_bits
 from anykvm.host.libc import PROT_READ
 
 AREA = "dirty_log"
@@ -33,16 +33,11 @@ _SIZE: Final = _PAGES * PAGE
 _ELSEWHERE: Final = TEST + 0x100000
 
 
-def _bits(lab: Lab, m: Machine, step: str, slot: int = 1) -> None:
-    outcome, bitmap = dirty_log(m, slot)
-    lab.step(step, outcome, bitmap=hex(bitmap))
-
-
 def _read(lab: Lab, m: Machine, step: str, page: int = 0, gpa: int = TEST) -> None:
     """Read a page, and the log."""
     m.at(code.READ8, gpa + page * PAGE)
     m.run(step)
-    _bits(lab, m, f"bits_{step}")
+    record_bits(lab, m, f"bits_{step}")
 
 
 def _written(pages: int = _PAGES) -> Host:
@@ -95,7 +90,7 @@ def dirty_reads_again(lab: Lab) -> None:
     _read(lab, m, "second", 1)
     m.at(code.WRITE8, TEST + PAGE)
     m.run("write")
-    _bits(lab, m, "bits_write")
+    record_bits(lab, m, "bits_write")
     _read(lab, m, "after_write", 1)
     m.slot(2, _ELSEWHERE, _SIZE, anonymous(_SIZE))
     _read(lab, m, "another_slot_is_new", 1)
@@ -122,8 +117,8 @@ def dirty_reads_of_new_slots(lab: Lab) -> None:
     m.slot(2, _ELSEWHERE, _SIZE, host, _LOG)
     m.at(code.READ8, _ELSEWHERE)
     m.run("alias")
-    _bits(lab, m, "bits_alias", 2)
-    _bits(lab, m, "bits_first_again")
+    record_bits(lab, m, "bits_alias", 2)
+    record_bits(lab, m, "bits_first_again")
     m.slot(2, _ELSEWHERE + _SIZE, _SIZE, host, _LOG)
     _read(lab, m, "other_moved")
     m.slot(2, _ELSEWHERE + _SIZE, _SIZE, host, 0)
@@ -138,7 +133,7 @@ def dirty_reads_host_changes(lab: Lab) -> None:
     for page in range(8):
         m.at(code.READ8, TEST + page * PAGE)
         m.run("map")
-    _bits(lab, m, "mapped")
+    record_bits(lab, m, "mapped")
     host.protect(PROT_READ, 0, PAGE)
     _read(lab, m, "protected", 0)
     host.protect(READ_WRITE, 0, PAGE)
@@ -169,32 +164,32 @@ def dirty_reads_other_ways(lab: Lab) -> None:
     m.slot(1, TEST, 16 * PAGE, host, _LOG)
     m.at(code.JUMP, TEST)
     m.run("fetch")
-    _bits(lab, m, "bits_fetch")
+    record_bits(lab, m, "bits_fetch")
     m.string(code.REP_OUTSB, 0, TEST + PAGE, 4)
     m.run("rep_outs")
-    _bits(lab, m, "bits_rep_outs")
+    record_bits(lab, m, "bits_rep_outs")
     _read(lab, m, "read_after_rep_outs", 1)
     for page, size in ((2, PAGE), (4, 2 * PAGE)):
         request = kvm_pre_fault_memory(gpa=TEST + page * PAGE, size=size)
         lab.ioctl("pre_fault", m.vcpu, n.KVM_PRE_FAULT_MEMORY, request)
-        _bits(lab, m, "bits_pre_fault")
+        record_bits(lab, m, "bits_pre_fault")
         _read(lab, m, "read_after_pre_fault", page)
     m.string(code.MOVSQ, 0x20000000, TEST + 6 * PAGE, 1)
     m.run("to_device")
-    _bits(lab, m, "bits_to_device")
+    record_bits(lab, m, "bits_to_device")
     m.string(code.MOVSQ, TEST + 7 * PAGE, 0x20000000, 1)
     m.run("from_device")
-    _bits(lab, m, "bits_at_device")
+    record_bits(lab, m, "bits_at_device")
     m.run("device_answered")
-    _bits(lab, m, "bits_from_device")
+    record_bits(lab, m, "bits_from_device")
     host.protect(0, 9 * PAGE, PAGE)
     m.at(code.READ8, TEST + 9 * PAGE - 4)
     m.run("over_the_edge")
-    _bits(lab, m, "bits_over_the_edge")
+    record_bits(lab, m, "bits_over_the_edge")
     m.slot(2, _ELSEWHERE, _SIZE, _written(), _LOG | c.KVM_MEM_READONLY)
     m.at(code.READ8, _ELSEWHERE)
     m.run("read_only")
-    _bits(lab, m, "bits_read_only", 2)
+    record_bits(lab, m, "bits_read_only", 2)
 
 
 @scenario("dirty_reads_page_tables", area=AREA, needs=NEEDS)
@@ -206,10 +201,10 @@ def dirty_reads_page_tables(lab: Lab) -> None:
     layout.map_small_pages(m.memory, TEST, 0x20000000, table)
     m.at(code.READ8, TEST + PAGE)
     m.run("walk")
-    _bits(lab, m, "bits_walk")
+    record_bits(lab, m, "bits_walk")
     m.at(code.READ8, TEST + 2 * PAGE)
     m.run("walk_again")
-    _bits(lab, m, "bits_walk_again")
+    record_bits(lab, m, "bits_walk_again")
 
 
 @scenario("dirty_reads_modes", area=AREA, needs=NEEDS)
