@@ -13,9 +13,11 @@
  *   python_signals.c  Ctrl-C in CPython                 coherence.c code that changes
  *   emulate.c     MMIO: one instruction, replayed       instruction.c  which of them KVM's emulator has
  *   pio.c         port I/O and its completion           string_io.c INS, OUTS
- *   ioctl.c       the vCPU's ioctls                     events.c    exceptions, interrupts, triple fault
+ *   events.c      exceptions, triple fault              inject.c    which event an entry takes
+ *   ioctl.c       the vCPU's ioctls
  *   control.c     CR, EFER, XCR0, SYSCALL, SYSENTER     msr.c       MSRs        cpuid.c  CPUID, TSC
- *   translate.c   what is decoded differently           state.c     regs, sregs, fpu
+ *   translate.c   what is translated differently        decode.c    of which instructions
+ *   state.c       regs, sregs, fpu
  *   loads.c, stores.c, atomic.c   accesses that translated code does not do by itself
  */
 #pragma once
@@ -485,12 +487,17 @@ void ak_finish_string_in(struct ak_vcpu *v);
 
 /* events.c */
 void ak_event_hook(struct uc_struct *uc, u32 vector, void *user);
+void ak_deliver(struct ak_vcpu *v, void (*how)(struct ak_vcpu *));
+bool ak_is_fault(u32 vector);
+bool ak_is_soft(u32 vector);
+void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr) __attribute__((noreturn));
+
+/* inject.c */
 bool ak_deliver_pending(struct ak_vcpu *v);
 void ak_cancel_injection(struct ak_vcpu *v);
 void ak_delivery_failed(struct ak_vcpu *v);
 bool ak_interrupt_allowed(struct ak_vcpu *v);
 void ak_request_event(struct ak_vcpu *v);
-void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr) __attribute__((noreturn));
 
 /* msr.c, cpuid.c, control.c */
 int ak_msr_get(struct ak_vcpu *v, u32 index, u64 *value, bool host);

@@ -124,3 +124,42 @@ bool ak_one_memory_operand(struct ak_vcpu *v)
         return false;
     return !((op >= 0xa4 && op <= 0xa7) || op == 0x8f || (op == 0xff && group == 6)); /* MOVS, CMPS, POP, PUSH */
 }
+
+/* VMCALL (0F 01 C1) and VMMCALL (0F 01 D9) raise #UD in the engine; to KVM they are hypercalls. */
+bool ak_is_hypercall(struct ak_vcpu *v)
+{
+    u8 code[15];
+    return ak_peek_instruction(v, code) >= 3 && code[0] == 0x0f && code[1] == 0x01 && (code[2] == 0xc1 || code[2] == 0xd9);
+}
+
+/* The length of ICEBP (F1) at RIP, with its prefixes; 0: another instruction. */
+u32 ak_icebp_length(struct ak_vcpu *v)
+{
+    u8 code[15];
+    u32 size = ak_peek_instruction(v, code);
+    bool mode64 = v->env->hflags & HF_CS64_MASK;
+    for (u32 n = 0; n < size; n++)
+        switch (code[n]) {
+        case 0x26: case 0x2e: case 0x36: case 0x3e: case 0x64: case 0x65: case 0x66: case 0x67: case 0xf2: case 0xf3: break;
+        case 0xf1: return n + 1;
+        default:
+            if (!mode64 || (code[n] & 0xf0) != 0x40)
+                return 0;
+        }
+    return 0;
+}
+
+bool ak_is_iret(struct ak_vcpu *v)
+{
+    u8 code[15];
+    u32 size = ak_peek_instruction(v, code), n = 0;
+    while (n < size && (code[n] == 0x66 || ((v->env->hflags & HF_CS64_MASK) && (code[n] & 0xf0) == 0x40)))
+        n++;
+    return n < size && code[n] == 0xcf;
+}
+
+bool ak_is_sysenter(struct ak_vcpu *v)
+{
+    u8 code[15];
+    return ak_peek_instruction(v, code) >= 2 && code[0] == 0x0f && code[1] == 0x34;
+}
