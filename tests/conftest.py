@@ -18,6 +18,13 @@ from machine import Machine
 _PROBES: dict[str, Probe] = {}
 
 
+def pytest_configure() -> None:
+    """Signals as in a terminal, also for who runs us in the background or under nohup, where they are ignored."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
 def probe(name: str) -> Probe:
     """Probe a backend once a session."""
     if name not in _PROBES:

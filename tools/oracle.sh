@@ -10,7 +10,7 @@ changed=0
 for kernel in 7.3 6.12; do
     file=$out/linux-$kernel.jsonl
     rm -f "$file"
-    "$bin/anykvm" oracle --kernel "$kernel" --timeout 1200 --output "$out" -- \
+    "$bin/anykvm" oracle --kernel "$kernel" --smp 2 --timeout 1200 --output "$out" -- \
         "$bin/python" -m anykvm.conformance.record --backend device --intrusive --output "$file"
     "$bin/anykvm" conformance compare "linux-$kernel" "$file" --verbose || changed=1
 done
