@@ -96,9 +96,11 @@ static bool may_lock_group(const struct ak_decoded *d, u32 reg)
 /* Whether LOCK stands before something it may not: #UD. */
 bool ak_bad_lock(struct CPUX86State *env, u64 pc, struct ak_decoded *d)
 {
-    int may = d->lock ? may_lock(d) : LOCK;
-    if (!d->lock || may == NO_LOCK)
-        return d->lock;
+    if (!d->lock)
+        return false;
+    int may = may_lock(d);
+    if (may == NO_LOCK)
+        return true;
     u8 modrm = ak_code_byte(env, pc + d->size++);
     bool control = d->map == 1 && (d->opcode & ~2u) == 0x20;
     return (modrm >= 0xc0 && !control) || (may == LOCK_GROUP && !may_lock_group(d, modrm >> 3 & 7));

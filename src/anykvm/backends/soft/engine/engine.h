@@ -193,7 +193,7 @@ enum ak_completion { AK_COMPLETE_NONE = 0, AK_COMPLETE_PIO, AK_COMPLETE_STRING_I
                      AK_COMPLETE_HYPERCALL };
 
 struct ak_msr_state {
-    u64 apic_base, misc_enable, tsc_adjust, hwcr, bios_sign_id, platform_info, mcg_status, mcg_ctl, spec_ctrl;
+    u64 apic_base, misc_enable, tsc_adjust, hwcr, bios_sign_id, platform_info, mcg_status;
     u64 mtrr_def, mtrr_fixed[11], mtrr_base[8], mtrr_mask[8];
     u64 sysenter_cs; /* all 64 bits, of which SYSENTER uses 16 */
     int64_t tsc_offset;
@@ -249,7 +249,6 @@ struct ak_vcpu {
     u32 translating;          /* number of the instruction being translated, from 1 */
     u32 delivering;           /* an exception or interrupt is being delivered */
     u64 deliver_eip;          /* eip to go back to when delivery faults (software interrupts and exceptions) */
-    u64 deliver_rsp;
     u32 deliver_soft;
     u32 deliver_rf;           /* RF is set for the image on the stack only */
     uintptr_t descriptor_pc;  /* where translated code last called a helper that loads descriptors */
@@ -275,14 +274,12 @@ struct ak_vcpu {
     uintptr_t load_site, load_retaddr; /* loads.c: where the last load was called from, and the instruction it is of */
     void *uc_hook;
     u64 fills, faults;        /* statistics */
-    u64 tsc_base;
     pid_t tid;                /* the thread in KVM_RUN */
     volatile u32 interruptible; /* a guarded access that a signal may end: GUP with FOLL_INTERRUPTIBLE */
     volatile u32 pokes;       /* by the ticker; odd: one is on its way */
     u32 pokes_seen, tick_stuck;
     volatile u32 ticks;       /* by the ticker: in which it did not leave guest mode by itself */
     u32 ticks_asked;
-    u64 align_pc;             /* translate.c: instruction under 16-byte alignment rule */
     u32 align_need;
     u32 operand_bytes;        /* of a memory operand of which the engine would read more; 0: it does not */
     u32 operand_loads;        /* of this instruction so far */
@@ -321,7 +318,6 @@ void ak_note_helper_frame(struct ak_vcpu *v, uintptr_t return_slot);
 uintptr_t ak_helper_return(const struct ak_vcpu *v);
 const char *ak_self_test(void);
 extern __thread struct ak_vcpu *ak_current __attribute__((tls_model("initial-exec")));
-static inline struct ak_vcpu *ak_of_env(struct CPUX86State *env) { (void)env; return ak_current; }
 
 /* signals.c */
 void ak_signals_enter(struct ak_vcpu *v);

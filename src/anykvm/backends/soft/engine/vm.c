@@ -74,7 +74,7 @@ void ak_vm_kill(struct ak_vm *vm)
 /* km:kvm_vcpu_ioctl: another mm, or a dead VM. */
 int ak_vcpu_dead(struct ak_vcpu *v)
 {
-    return v->vm->dead || v->vm->mm != mm_generation ? -EIO : 0;
+    return ak_vm_dead(v->vm);
 }
 
 int ak_vcpu_lock(struct ak_vcpu *v)
