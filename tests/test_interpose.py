@@ -83,8 +83,9 @@ with tempfile.TemporaryFile() as file:
     file.write(b"x" * 10000); file.flush(); os.fsync(file.fileno()); os.fdatasync(file.fileno())
     os.pwrite(file.fileno(), b"y", 3); assert os.pread(file.fileno(), 2, 3) == b"yx"
 import decimal, ssl, sqlite3  # extension modules that are loaded afterwards
-for call in (lambda: os.fsync(memfd), lambda: os.read(memfd, 1), lambda: os.write(memfd, b"x"), lambda: os.ftruncate(memfd, 1)):
-    try: call()
+calls = (os.fsync, memfd), (os.read, memfd, 1), (os.write, memfd, b"x"), (os.ftruncate, memfd, 1)
+for call, *arguments in calls:
+    try: call(*arguments)
     except OSError as error: print(error.errno)
 """
 
