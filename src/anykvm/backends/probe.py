@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from anykvm.backends.device import DeviceBackend
+from anykvm.backends.child import SECONDS, try_device
 from anykvm.backends.selftest import self_test
 
 _VENDOR: Final = ("kvm_intel", "kvm_amd", "kvm_pvm")
@@ -77,14 +77,17 @@ def emulated(kernel: Kernel = KERNEL) -> tuple[str, ...]:
     )
 
 
-def probe_device(path: str = "/dev/kvm", kernel: Kernel = KERNEL) -> Probe:
-    """Find out whether the kernel's KVM is usable: it exists, opens, and runs a two-instruction guest."""
+def probe_device(path: str = "/dev/kvm", kernel: Kernel = KERNEL, seconds: float = SECONDS) -> Probe:
+    """Find out whether the kernel's KVM is usable: it exists, opens, and runs a two-instruction guest.
+
+    A child process tries it, for at most ``seconds``: a kernel that kills or hangs its caller is an answer too.
+    """
     notes = device_notes(kernel)
     if not os.path.exists(path):
         return Probe("device", False, f"{path} does not exist: {_missing(path, kernel)}", notes)
     if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
         return Probe("device", False, f"no permission to read and write {path}: {_permission(path)}", notes)
-    failure = self_test(DeviceBackend(path))
+    failure = try_device(path, seconds)
     reason = f"self-test failed: {failure}" if failure else f"{path} runs guests"
     return Probe("device", failure is None, reason, notes)
 

@@ -64,7 +64,11 @@ static long refuse(int code)
     LIST(fchown, int, EINVAL, (int fd, uid_t user, gid_t group), (fd, user, group))                                    \
     LIST(futimens, int, EINVAL, (int fd, const struct timespec *times), (fd, times))                                   \
     LIST(fsync, int, EINVAL, (int fd), (fd))                                                                           \
-    LIST(fdatasync, int, EINVAL, (int fd), (fd))
+    LIST(fdatasync, int, EINVAL, (int fd), (fd))                                                                       \
+    /* what the compiler makes of read() and pread() with _FORTIFY_SOURCE */                                           \
+    LIST(__read_chk, ssize_t, EINVAL, (int fd, void *b, size_t n, size_t room), (fd, b, n, room))                      \
+    LIST(__pread_chk, ssize_t, ESPIPE, (int fd, void *b, size_t n, off_t at, size_t room), (fd, b, n, at, room))       \
+    LIST(__pread64_chk, ssize_t, ESPIPE, (int fd, void *b, size_t n, off_t at, size_t room), (fd, b, n, at, room))
 
 enum {
 #define INDEX(name, type, code, parameters, arguments) index_##name,

@@ -65,7 +65,8 @@ static void patch(const struct object *o, const ElfW(Rela) *relocations, size_t 
         const ElfW(Rela) *r = &relocations[i];
         u64 type = ELF64_R_TYPE(r->r_info);
         const ElfW(Sym) *symbol = &o->symbols[ELF64_R_SYM(r->r_info)];
-        if ((type != R_X86_64_JUMP_SLOT && type != R_X86_64_GLOB_DAT) || symbol->st_shndx != SHN_UNDEF)
+        bool pointer = type == R_X86_64_64 && !r->r_addend; /* in data: a table of functions */
+        if ((type != R_X86_64_JUMP_SLOT && type != R_X86_64_GLOB_DAT && !pointer) || symbol->st_shndx != SHN_UNDEF)
             continue;
         const char *name = o->strings + symbol->st_name;
         struct ak_interposed *f = find(name) ?: find_loader(o->name, name);
@@ -137,13 +138,53 @@ static void *our_dlsym(void *handle, const char *name)
     return f && f->real == found ? f->ours : found;
 }
 
+/* The definition of a function in one loaded object; NULL where that object has none of its own. */
+static void *defined_in(const struct link_map *map, const char *name)
+{
+    void *object = dlopen(map->l_name, RTLD_LAZY | RTLD_NOLOAD), *found, *owner = NULL;
+    Dl_info info;
+    if (!object)
+        return NULL;
+    found = dlsym(object, name); /* also in what the object depends on */
+    if (found && !(dladdr1(found, &info, &owner, RTLD_DL_LINKMAP) && owner == map))
+        found = NULL;
+    dlclose(object);
+    return found;
+}
+
+/* The program's own entry for a function that it only imports. A program that is not position-independent has its PLT
+ * entry stand for the address of such a function, also for dlsym(). To call that entry is to call through its GOT, so
+ * through what we put there. */
+static bool is_import_of_program(void *address)
+{
+    ElfW(Sym) *symbol = NULL;
+    Dl_info info;
+    return dladdr1(address, &info, (void **)&symbol, RTLD_DL_SYMENT) && symbol && symbol->st_shndx == SHN_UNDEF;
+}
+
+/* The function itself, of whoever comes first in the look-up order: the C library, or a library preloaded before it. */
+static void *original(const char *name)
+{
+    void *found = dlsym(RTLD_DEFAULT, name), *program = dlopen(NULL, RTLD_LAZY);
+    struct link_map *map = NULL;
+    if (found && is_import_of_program(found)) {
+        found = NULL;
+        if (program && !dlinfo(program, RTLD_DI_LINKMAP, &map))
+            for (map = map->l_next; map && !found; map = map->l_next)
+                found = defined_in(map, name);
+    }
+    if (program)
+        dlclose(program);
+    return found;
+}
+
 /* Put these in front of the functions of the same name, now and in what is loaded later. Once per process. */
 void ak_interpose(struct ak_interposed *functions, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        functions[i].real = dlsym(RTLD_DEFAULT, functions[i].name);
-    our_loader[0].real = (void *)dlopen;
-    our_loader[1].real = (void *)dlsym;
+        functions[i].real = original(functions[i].name);
+    our_loader[0].real = original("dlopen");
+    our_loader[1].real = original("dlsym");
     table = functions;
     table_size = n;
     patch_all();
