@@ -22,7 +22,7 @@ def search_path(library: Path) -> list[str]:
         dynamic = ELFFile(file).get_section_by_name(".dynamic")
         assert isinstance(dynamic, DynamicSection)
         found = [tag for tag in dynamic.iter_tags() if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
-        names = [getattr(tag, "runpath", None) or tag.rpath for tag in found]
+        names: list[str] = [getattr(tag, tag.entry.d_tag.removeprefix("DT_").lower()) for tag in found]
     return [place for name in names for place in name.split(":")]
 
 
