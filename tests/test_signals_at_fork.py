@@ -12,7 +12,6 @@ from vmm_helpers import environment, require_soft
 
 SCRIPT = """
 import os, signal, sys
-from anykvm.conformance.bound import fork
 from anykvm.conformance.record import record
 from anykvm.conformance.sequences.batch import record_batch
 from anykvm.backends import soft_backend
@@ -36,10 +35,7 @@ os.register_at_fork(after_in_child=lambda: signal.signal(number, signal.SIG_DFL)
 mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 os.register_at_fork(**{when: send})
 try:
-    if what == "fork":
-        if fork() == 0:
-            os._exit(0)
-    elif what == "record":
+    if what == "record":
         list(record(["caps"], soft_backend))
     else:
         list(record_batch([1], "soft"))
@@ -51,7 +47,7 @@ except Ended:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM])
 @pytest.mark.parametrize("when", ["before", "after_in_parent"])
-@pytest.mark.parametrize("what", ["fork", "record", "record_batch"])
+@pytest.mark.parametrize("what", ["record", "record_batch"])
 def test_its_handler_s_exception_arrives(what: str, when: str, number: signal.Signals) -> None:
     require_soft()
     line = [sys.executable, "-c", SCRIPT, what, when, str(int(number))]
@@ -60,19 +56,35 @@ def test_its_handler_s_exception_arrives(what: str, when: str, number: signal.Si
 
 
 CHILD = """
-import os, signal
-from anykvm.conformance.bound import fork
+import os, signal, sys
+from anykvm.conformance.record import CHILD, record_scenario
+from anykvm.conformance.scenario import Scenario
+from anykvm.backends import soft_backend
 
-signal.signal(signal.SIGTERM, signal.SIG_DFL)
-child = fork()
-if child == 0:
-    signal.pause()
-os.kill(child, signal.SIGTERM)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+when, number = sys.argv[1], signal.Signals(int(sys.argv[2]))
+own = os.getpid()
+if when == "at once":
+    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), number))
+
+def body(lab):
+    if when == "later":
+        os.kill(os.getpid(), number)
+    lab.note("not killed")
+
+try:
+    last = record_scenario(Scenario("own", "own", frozenset(), 20.0, body), soft_backend)[-1]
+    print(last["s"], last.get("status"))
+except BaseException as error:
+    print(type(error).__name__, "in", "the parent" if os.getpid() == own else "a child that returned")
 """
 
 
-def test_a_child_takes_signals() -> None:
-    line = [sys.executable, "-c", CHILD]
+@pytest.mark.parametrize("when", ["at once", "later"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_child_takes_its_own_and_does_not_return(when: str, number: signal.Signals) -> None:
+    """SIGINT is KeyboardInterrupt, and ends the scenario; the others kill the process."""
+    require_soft()
+    line = [sys.executable, "-c", CHILD, when, str(int(number))]
     done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=60, check=False)
-    assert (done.stdout, done.stderr) == (f"{-signal.SIGTERM}\n", "")
+    status = "0x100" if number == signal.SIGINT else hex(number)
+    assert (done.stdout, done.stderr) == (f"<child> {status}\n", "")

@@ -28,11 +28,11 @@ def bind(parent: int) -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[set[signal.Signals]]:
-    """Hold this thread's signals back while it forks, so that none is lost; gives the mask to restore in a child.
+    """Hold this thread's signals back while it forks, so that none is lost; gives the mask that a child is to restore.
 
     Python calls functions of other modules before and after fork(): ``logging`` has some. An exception that a signal's
     handler raises in one of them is printed and dropped, so Ctrl-C would do nothing. What comes meanwhile takes effect
-    when this is left.
+    when this is left. A child takes signals once it has restored the mask, where it is ready for their exceptions.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
@@ -41,12 +41,6 @@ def held() -> Iterator[set[signal.Signals]]:
         yield {signal.Signals(number) for number in before}
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def fork() -> int:
-    """Be ``os.fork()`` without the loss of a signal: what comes meanwhile takes effect before this returns."""
-    with held():
-        return os.fork()
 
 
 def command(line: list[str]) -> list[str]:

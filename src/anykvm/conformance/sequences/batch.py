@@ -76,9 +76,9 @@ def record_batch(
 
 
 def _leave_ctrl_c(mask: set[signal.Signals]) -> None:
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     # To who asked for the sequences, who gets it too and ends us; one that ended by itself may hold the pool's lock.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def parse_seeds(text: str) -> list[int]:
