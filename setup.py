@@ -30,6 +30,7 @@ WRAPPED = (
     "helper_lcall_protected",
     "helper_lret_protected",
     "helper_lookup_tb_ptr",
+    "tcg_region_reset_all",
     "tcg_gen_qemu_ld_i32",
     "tcg_gen_qemu_st_i32",
     "tcg_gen_qemu_ld_i64",
@@ -49,6 +50,20 @@ WRAPPED = (
     "helper_be_stl_mmu",
     "helper_be_stq_mmu",
 )
+
+#: What the engine calls of the C library and alloc.c answers for it. Only the engine's calls are: ours reach the C library.
+ENGINE_CALLS = {
+    "malloc": "ak_engine_malloc",
+    "calloc": "ak_engine_calloc",
+    "realloc": "ak_engine_realloc",
+    "free": "ak_engine_free",
+    "posix_memalign": "ak_engine_posix_memalign",
+    "__strdup": "ak_engine_strdup",
+    "vasprintf": "ak_engine_vasprintf",
+    "mmap64": "ak_engine_mmap",
+    "abort": "ak_engine_abort",
+    "exit": "ak_engine_exit",
+}
 
 
 def unicorn_package() -> Path:
@@ -76,12 +91,22 @@ class BuildWithEngine(build_ext):
     def link_engine(self, library: Path) -> None:
         unicorn = unicorn_package()
         sources = sorted(str(source) for source in ENGINE.glob("*.c"))
+        archive = self.redirected(unicorn / "lib/libunicorn.a")
         wraps = [f"-Wl,--wrap={name}_x86_64" for name in WRAPPED]
         command = [os.environ.get("CC", "gcc"), "-std=gnu11", "-O2", "-g1", "-fPIC", "-fno-omit-frame-pointer"]
+        command += ["-ftls-model=initial-exec"]  # a thread's first KVM_RUN must not need memory
         command += ["-Wall", "-Wextra", "-Werror", "-shared", "-o", str(library), *sources, f"-I{unicorn / 'include'}"]
-        command += [str(unicorn / "lib/libunicorn.a"), "-Wl,-z,muldefs", "-Wl,-z,defs", *wraps, "-Wl,-Bsymbolic"]
+        command += [str(archive), "-Wl,-z,muldefs", "-Wl,-z,defs", *wraps, "-Wl,-Bsymbolic"]
         command += ["-Wl,--exclude-libs,ALL", "-Wl,-soname,libanykvm_engine.so", "-lpthread", "-lm"]
         subprocess.run(command, check=True)
+
+    def redirected(self, archive: Path) -> Path:
+        """Copy the engine's archive with its calls of ENGINE_CALLS renamed."""
+        copy = Path(self.build_temp) / "libunicorn.a"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        renames = [f"--redefine-sym={name}={ours}" for name, ours in ENGINE_CALLS.items()]
+        subprocess.run([os.environ.get("OBJCOPY", "objcopy"), *renames, str(archive), str(copy)], check=True)
+        return copy
 
 
 RUN = Extension(

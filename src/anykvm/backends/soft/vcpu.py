@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from ctypes import byref, c_uint64
 from typing import TYPE_CHECKING, Final
 
 from anykvm.backends.soft.dirty import ENTRY_SIZE, RING_OFFSET
@@ -104,9 +105,10 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
     try:
         pages = map_shared(fd, VCPU_MMAP_SIZE, 0)
         ring = map_shared(fd, ring_size, RING_OFFSET) if ring_size else 0
-        address: int = library().ak_vcpu_create(vm_address, vcpu_id, pages)
-        if not address:
-            raise Refused(errno.ENOMEM, "no memory for a vCPU")
+        created = c_uint64()
+        result: int = library().ak_vcpu_create(vm_address, vcpu_id, pages, byref(created))
+        if result:
+            raise Refused(-result, "no memory for a vCPU")
     except BaseException:
         if pages:
             munmap(pages, VCPU_MMAP_SIZE)
@@ -114,6 +116,7 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
             munmap(ring, ring_size)
         os.close(fd)
         raise
+    address = created.value
     library().ak_vcpu_configure(address, profile.annotate_unresolved, _behaviour(profile), bsp)
     if ring_size:
         library().ak_dirty_ring_setup(address, ring, ring_size // ENTRY_SIZE)

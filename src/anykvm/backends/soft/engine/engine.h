@@ -3,6 +3,7 @@
  * The adapter is C because Unicorn's internal functions must be replaced (stock faults: stores executed twice, lost
  * stops, no SYSCALL, ...) and because a TLB fill must not enter Python. One subject per file:
  *   vm.c          life, slots' updates, guest mode      slots.c     the memslot table
+ *   heap.c        a vCPU's memory                       alloc.c     what the engine calls for it
  *   engine.c      vCPUs: create, enter, kick            mmu.c       guest page tables (first stage)
  *   fault.c       second stage, TLB fill                hva.c       host pages, asked as KVM asks
  *   dirty.c       dirty tracking                        mapped.c    what a first read dirties
@@ -28,6 +29,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "heap.h"
 #include "kvm_abi.h"
 #include "unicorn_layout.h"
 
@@ -64,7 +66,7 @@ enum ak_exit_kind {
     AK_EXIT_IRQ_WINDOW,   /* an interrupt can be taken and somebody waits for that */
     AK_EXIT_HYPERCALL,    /* VMCALL/VMMCALL */
     AK_EXIT_DIRTY_FULL,   /* the dirty ring is at its soft limit */
-    AK_EXIT_ENGINE,       /* the engine could not go on; err */
+    AK_EXIT_ENGINE,       /* the engine could not go on, and never will */
     AK_EXIT_HWPOISON,     /* a poisoned page of ordinary memory: SIGBUS for this thread, at hva */
 };
 
@@ -128,6 +130,7 @@ struct ak_slot {
 
 struct ak_vcpu;
 struct ak_gmem;
+struct code_page;
 
 struct ak_range {
     u64 first, last;          /* guest frames */
@@ -222,6 +225,7 @@ struct ak_vcpu {
     /* -- the engine's side --------------------------------------------------------------------------------- */
     struct ak_vm *vm;
     struct ak_vcpu *next;
+    struct ak_vcpu *next_watched; /* ticker.c */
     pthread_mutex_t mutex;    /* vcpu->mutex: one vCPU ioctl at a time */
     u32 id;
     u64 cr8;                  /* userspace irqchip: the task priority */
@@ -261,15 +265,17 @@ struct ak_vcpu {
     u32 emulate_reached;      /* it has been got to: what comes before it faults as in native execution */
     u64 pio_rip;              /* linear rip of the pending PIO instruction */
     u32 pio_len, pio_size, pio_count, pio_in;
-    u64 *code_pages;          /* set of host pages with translated code (open addressing) */
+    struct ak_heap *heap;     /* of its engine */
+    struct ak_heap *outer_heap; /* of the vCPU that this thread works for as well: in ak_vcpu_lock() */
+    u32 broken;               /* the engine has failed: it cannot run any more */
+    struct code_page *code_pages; /* set of host pages with translated code (open addressing) */
     u32 code_count, code_room;
     struct ak_code_copy {     /* the pages of the block being translated, as they were before it was read */
         u64 hva;              /* 0: none */
-        u8 *bytes;
+        u32 first, last;      /* the block's bytes in it */
+        u8 bytes[AK_PAGE_SIZE];
     } code_copy[2];
     u64 code_va;              /* where the translator reads: in the page copied last */
-    u64 span_hva;             /* the block translated last: its page and bytes */
-    u32 span_first, span_last;
     uintptr_t frame;          /* of ak_enter */
     uintptr_t load_site, load_retaddr; /* loads.c: where the last load was called from, and the instruction it is of */
     void *uc_hook;
@@ -307,7 +313,7 @@ int ak_vcpu_dead(struct ak_vcpu *v);
 u32 ak_mm_generation(void);
 
 /* engine.c */
-struct ak_vcpu *ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run);
+int ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run, struct ak_vcpu **result);
 void ak_vcpu_destroy(struct ak_vcpu *v);
 void ak_vcpu_reset(struct ak_vcpu *v);
 void ak_enter(struct ak_vcpu *v);
@@ -337,7 +343,7 @@ void ak_signals_in_child(void);
 /* ticker.c */
 void ak_ticker_arm(struct ak_vcpu *v);
 void ak_pokes_settle(struct ak_vcpu *v);
-int ak_watch(struct ak_vcpu *v);
+void ak_watch(struct ak_vcpu *v);
 void ak_unwatch(struct ak_vcpu *v);
 void ak_ticker_in_child(void);
 
@@ -527,4 +533,4 @@ void ak_code_read(struct ak_vcpu *v, u64 hva, bool goes_on);
 void ak_code_span(struct ak_vcpu *v, u64 hva, u32 size);
 void ak_code_span_rest(struct ak_vcpu *v, u64 hva, u32 size);
 void ak_check_code_page(struct ak_vcpu *v, u64 hva);
-void ak_code_pages_free(struct ak_vcpu *v);
+void ak_forget_code(struct ak_vcpu *v);

@@ -17,8 +17,7 @@
 
 static pthread_mutex_t ticker_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t ticker_wake = PTHREAD_COND_INITIALIZER;
-static struct ak_vcpu *watched[4096];
-static u32 nwatched;
+static struct ak_vcpu *watched; /* by next_watched */
 static bool ticker_started;
 static volatile bool ticker_idle = true;
 
@@ -75,8 +74,7 @@ void ak_pokes_settle(struct ak_vcpu *v)
 static bool tick(void)
 {
     bool busy = false;
-    for (u32 i = 0; i < nwatched; i++) {
-        struct ak_vcpu *v = watched[i];
+    for (struct ak_vcpu *v = watched; v; v = v->next_watched) {
         if (v->in_guest && v->entries == v->tick_entries) {
             v->ticks++;
             ak_kick(v);
@@ -138,24 +136,20 @@ void ak_ticker_arm(struct ak_vcpu *v)
     pthread_mutex_unlock(&ticker_lock);
 }
 
-int ak_watch(struct ak_vcpu *v)
+void ak_watch(struct ak_vcpu *v)
 {
-    int r = 0;
     pthread_mutex_lock(&ticker_lock);
-    if (nwatched < sizeof watched / sizeof *watched)
-        watched[nwatched++] = v;
-    else
-        r = -ENOMEM;
+    v->next_watched = watched;
+    watched = v;
     pthread_mutex_unlock(&ticker_lock);
-    return r;
 }
 
 void ak_unwatch(struct ak_vcpu *v)
 {
     pthread_mutex_lock(&ticker_lock);
-    for (u32 i = 0; i < nwatched; i++)
-        if (watched[i] == v) {
-            watched[i] = watched[--nwatched];
+    for (struct ak_vcpu **p = &watched; *p; p = &(*p)->next_watched)
+        if (*p == v) {
+            *p = v->next_watched;
             break;
         }
     pthread_mutex_unlock(&ticker_lock);
@@ -165,7 +159,7 @@ void ak_ticker_in_child(void)
 {
     ticker_started = false;
     ticker_idle = true;
-    nwatched = 0;
+    watched = NULL;
     pthread_mutex_init(&ticker_lock, NULL);
     pthread_cond_init(&ticker_wake, NULL); /* the parent's ticker waits in it, who is not here to leave it */
 }

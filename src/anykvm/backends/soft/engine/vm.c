@@ -71,19 +71,24 @@ void ak_vm_kill(struct ak_vm *vm)
     pthread_mutex_unlock(&vm->lock);
 }
 
-/* km:kvm_vcpu_ioctl: another mm, or a dead VM. */
+/* km:kvm_vcpu_ioctl: another mm, or a dead VM; for KVM_RUN also an engine that has failed. */
 int ak_vcpu_dead(struct ak_vcpu *v)
 {
-    return ak_vm_dead(v->vm);
+    return v->broken ? -EIO : ak_vm_dead(v->vm);
 }
 
+/* vcpu->mutex. What the engine allocates on this thread is this vCPU's from now on. */
 int ak_vcpu_lock(struct ak_vcpu *v)
 {
-    return -pthread_mutex_lock(&v->mutex);
+    int r = pthread_mutex_lock(&v->mutex);
+    v->outer_heap = ak_heap;
+    ak_heap = v->heap;
+    return -r;
 }
 
 void ak_vcpu_unlock(struct ak_vcpu *v)
 {
+    ak_heap = v->outer_heap;
     pthread_mutex_unlock(&v->mutex);
 }
 
