@@ -98,15 +98,18 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
     """Make a vCPU of the engine's VM and a descriptor with its pages.
 
     ``profile``: whose KVM it belongs to; ``bsp``: it boots the VM; ``ring_size``: bytes of its dirty ring.
-    Raises OSError: EMFILE, ENOMEM; Refused: ENOMEM.
+    Raises OSError: EMFILE, ENOMEM; Refused: ENOMEM, EAGAIN (no thread could be made for ``engine/ticker.c``).
     """
+    result: int = library().ak_ticker_start()
+    if result:
+        raise Refused(-result, "no thread that makes KVM_RUN look for signals (RLIMIT_NPROC, RLIMIT_AS, a cgroup's pids.max)")
     fd = FILES.create(f"kvm-vcpu:{vcpu_id}", file_size(ring_size))
     pages = ring = 0
     try:
         pages = map_shared(fd, VCPU_MMAP_SIZE, 0)
         ring = map_shared(fd, ring_size, RING_OFFSET) if ring_size else 0
         created = c_uint64()
-        result: int = library().ak_vcpu_create(vm_address, vcpu_id, pages, byref(created))
+        result = library().ak_vcpu_create(vm_address, vcpu_id, pages, byref(created))
         if result:
             raise Refused(-result, "no memory for a vCPU")
     except BaseException:

@@ -11,7 +11,8 @@
  *   attributes.c  which guest frames are private        gmem.c      guest_memfd
  *   gmem_file.c   what its file refuses                 interpose.c in front of the C library
  *   signals.c     KVM_RUN's signal mask                 ticker.c    what makes it look for signals
- *   python_signals.c  Ctrl-C in CPython                 coherence.c code that changes
+ *   python_signals.c  Ctrl-C in CPython                 poke.c      and what wakes one that sleeps
+ *   coherence.c   code that changes
  *   emulate.c     MMIO: one instruction, replayed       instruction.c  which of them KVM's emulator has
  *   pio.c         port I/O and its completion           string_io.c INS, OUTS
  *   events.c      exceptions, triple fault              inject.c    which event an entry takes
@@ -328,6 +329,7 @@ extern __thread struct ak_vcpu *ak_current __attribute__((tls_model("initial-exe
 /* signals.c */
 void ak_signals_enter(struct ak_vcpu *v);
 bool ak_signal_pending(struct ak_vcpu *v);
+bool ak_signal_waits(const struct ak_vcpu *v);
 bool ak_python_interrupted(struct ak_vcpu *v);
 bool ak_send_hwpoison_signal(struct ak_vcpu *v);
 void ak_signals_leave(struct ak_vcpu *v);
@@ -340,8 +342,10 @@ u64 ak_signals_defer(void);
 void ak_signals_restore(u64 mask);
 void ak_signals_in_child(void);
 
-/* ticker.c */
+/* ticker.c, poke.c */
+int ak_ticker_start(void);
 void ak_ticker_arm(struct ak_vcpu *v);
+void ak_poke(struct ak_vcpu *v);
 void ak_pokes_settle(struct ak_vcpu *v);
 void ak_watch(struct ak_vcpu *v);
 void ak_unwatch(struct ak_vcpu *v);

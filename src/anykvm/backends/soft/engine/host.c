@@ -44,14 +44,16 @@ static void pass_on(int signo, siginfo_t *si, void *context)
     }
 }
 
-/* The ticker's word that this thread sleeps in a page fault, at pc, while a signal waits for it (signals.c). By now it
+/* The ticker's word that this thread sleeps in a page fault, at pc, while a signal waits for it (poke.c). By now it
  * may sleep no longer; at pc it has not executed the access, so leaving is as exact as at the fault itself, if the access
- * is the guest's. Any other, of the engine's own memory, ends by itself. */
+ * is the guest's. Any other, of the engine's own memory, ends by itself. With pc 0 the ticker could not look: it is wherever it
+ * is, and there may be no signal. */
 static void on_poke(u64 pc, ucontext_t *context)
 {
     struct ak_vcpu *v = ak_current;
-    if (!v)
+    if (!v || (!pc && !ak_signal_waits(v)))
         return;
+    pc = pc ? pc : (u64)context->uc_mcontext.gregs[REG_RIP];
     if (guard.armed) {
         if (!v->interruptible)
             return;

@@ -74,6 +74,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_copy_out": (_int, (_address, _pointer, _u64)),
     # vCPU
     "ak_vcpu_create": (_int, (_address, _u32, _address, ctypes.POINTER(_address))),
+    "ak_ticker_start": (_int, ()),
     "ak_vcpu_destroy": (None, (_address,)),
     "ak_vcpu_configure": (None, (_address, _u32, _u32, _u32)),
     "ak_dirty_ring_setup": (None, (_address, _address, _u32)),

@@ -195,12 +195,18 @@ bool ak_signals_would_end(const struct ak_vcpu *v, u64 pending)
     return deliverable(v, pending & everything);
 }
 
-/* signal_pending() under the active mask. */
-bool ak_signal_pending(struct ak_vcpu *v)
+/* Whether one waits for this thread that the vCPU should take. Also in a signal handler. */
+bool ak_signal_waits(const struct ak_vcpu *v)
 {
     u64 pending = 0;
     syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
-    return deliverable(v, pending | held.signals) || ak_python_interrupted(v);
+    return deliverable(v, pending | held.signals);
+}
+
+/* signal_pending() under the active mask. */
+bool ak_signal_pending(struct ak_vcpu *v)
+{
+    return ak_signal_waits(v) || ak_python_interrupted(v);
 }
 
 /* kvm_send_hwpoison_signal(): the vCPU's thread gets SIGBUS with the page's host address. True: it is deliverable, and
