@@ -86,6 +86,8 @@ class SoftBackend:
             raise ioctl_error(refused.errno, request, refused.detail) from None
         except OSError as error:  # of a system call on the way: EMFILE, ENOMEM
             raise ioctl_error(error.errno or errno.EIO, request) from error
+        except MemoryError as error:
+            raise ioctl_error(errno.ENOMEM, request) from error
 
     def mmap(self, fd: int, length: int, offset: int) -> int:
         """Map a vCPU's pages, or a guest_memfd; see ``Backend.mmap``."""

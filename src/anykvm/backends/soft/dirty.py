@@ -117,7 +117,7 @@ def _get_dirty_log(vm: Vm, arg: int) -> int:
     keep = bool(vm.memslots.dirty.manual_protect)
     result: int = library().ak_get_dirty_log(vm.address, bitmap.address, slot.npages, log.dirty_bitmap, keep)
     if result:
-        raise Refused(-result, f"dirty_bitmap: cannot write {log.dirty_bitmap:#x}")
+        raise Refused(-result, "" if -result == errno.ENOMEM else f"dirty_bitmap: cannot write {log.dirty_bitmap:#x}")
     return 0
 
 
@@ -135,7 +135,7 @@ def _clear_dirty_log(vm: Vm, arg: int) -> int:
         raise Refused(errno.EINVAL, f"num_pages: {count} is no multiple of {PAGES_PER_WORD}, nor the slot's end")
     result: int = library().ak_clear_dirty_log(vm.address, bitmap.address, first, count, log.dirty_bitmap)
     if result:
-        raise Refused(-result, f"dirty_bitmap: cannot read {log.dirty_bitmap:#x}")
+        raise Refused(-result, "" if -result == errno.ENOMEM else f"dirty_bitmap: cannot read {log.dirty_bitmap:#x}")
     return 0
 
 

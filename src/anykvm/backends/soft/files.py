@@ -12,6 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.file_size import set_file_size
 from anykvm.host.libc import map_shared
 
 if TYPE_CHECKING:
@@ -63,13 +64,16 @@ class FileTable:
         self._lock = threading.RLock()  # another thread may have held it when this process was made
 
     def create(self, name: str, size: int) -> int:
-        """Make a descriptor for a file to be: a memfd whose size nobody can change. Raises OSError: EMFILE, ENOMEM."""
+        """Make a descriptor for a file to be: a memfd whose size nobody can change.
+
+        Raises OSError: EMFILE, ENOMEM; Refused: as ``set_file_size``.
+        """
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             if size:
-                os.ftruncate(fd, size)
+                set_file_size(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError:
+        except BaseException:
             os.close(fd)
             raise
         return fd

@@ -26,6 +26,7 @@ from anykvm.abi import constants as c
 from anykvm.abi.structures import kvm_create_guest_memfd
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.file_size import set_file_size
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.usercopy import copy_from_user
 from anykvm.host.ranges import PAGE_SIZE
@@ -97,7 +98,7 @@ def create_guest_memfd(vm: Vm, arg: int) -> int:
         raise Refused(errno.EINVAL, f"size is 0 or not page aligned, or beyond files: {size:#x}")
     fd = os.memfd_create("guest_memfd", os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, size)
+        set_file_size(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         os.fchmod(fd, 0o600)
         os.set_inheritable(fd, True)

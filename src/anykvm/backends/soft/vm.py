@@ -142,8 +142,13 @@ def _create_vcpu(vm: Vm, arg: int) -> int:
         raise Refused(errno.EEXIST, f"this vcpu_id is in use: {arg}")
     ring_size = vm.memslots.dirty.ring_size
     fd, vcpu = create_vcpu(vm.address, arg, vm.profile, bsp=arg == vm.bsp_vcpu_id, ring_size=ring_size)
-    vm.vcpus[arg] = vcpu
-    FILES.install(fd, VcpuFile(vcpu, vm))
+    try:
+        FILES.install(fd, VcpuFile(vcpu, vm))
+        vm.vcpus[arg] = vcpu
+    except BaseException:
+        FILES.close(fd)
+        vcpu.destroy()
+        raise
     return fd
 
 

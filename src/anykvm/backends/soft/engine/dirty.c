@@ -79,7 +79,7 @@ static bool any(const u64 *bitmap, const u64 *mask, u64 words)
  * belongs to the next harvest. */
 int ak_get_dirty_log(struct ak_vm *vm, u64 *bitmap, u64 npages, u64 to, bool keep)
 {
-    u64 words = (npages + 63) / 64, *copy = calloc(words, sizeof *copy);
+    u64 words = (npages + 63) / 64, *copy = ak_calloc(words, sizeof *copy);
     if (!copy)
         return -ENOMEM;
     if (keep) {
@@ -103,7 +103,7 @@ int ak_get_dirty_log(struct ak_vm *vm, u64 *bitmap, u64 npages, u64 to, bool kee
  * is page `first`. 0, -EFAULT or -ENOMEM. */
 int ak_clear_dirty_log(struct ak_vm *vm, u64 *bitmap, u64 first, u32 npages, u64 from)
 {
-    u64 words = ((u64)npages + 63) / 64, *mask = calloc(words + 1, sizeof *mask);
+    u64 words = ((u64)npages + 63) / 64, *mask = ak_calloc(words + 1, sizeof *mask);
     if (!mask)
         return -ENOMEM;
     bitmap += first / 64;

@@ -65,7 +65,7 @@ static bool make_engine(struct ak_vcpu *v)
 /* kvm_vm_ioctl_create_vcpu(). 0 or -ENOMEM. All memory that the vCPU will use is taken here. */
 int ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run, struct ak_vcpu **result)
 {
-    struct ak_vcpu *v = calloc(1, sizeof *v);
+    struct ak_vcpu *v = ak_calloc(1, sizeof *v);
     if (!v)
         return -ENOMEM;
     v->vm = vm;

@@ -3,13 +3,15 @@
  * The adapter is C because Unicorn's internal functions must be replaced (stock faults: stores executed twice, lost
  * stops, no SYSCALL, ...) and because a TLB fill must not enter Python. One subject per file:
  *   vm.c          life, slots' updates, guest mode      slots.c     the memslot table
- *   heap.c        a vCPU's memory                       alloc.c     what the engine calls for it
+ *   heap.c        the memory of a vCPU's engine         alloc.c     what the engine calls for it
+ *   memory.c      all other memory
  *   engine.c      vCPUs: create, enter, kick            mmu.c       guest page tables (first stage)
  *   fault.c       second stage, TLB fill                hva.c       host pages, asked as KVM asks
  *   dirty.c       dirty tracking                        mapped.c    what a first read dirties
  *   host.c        guarded access, SIGSEGV/SIGBUS        operand.c   which memory a host instruction accesses
  *   attributes.c  which guest frames are private        gmem.c      guest_memfd
  *   gmem_file.c   what its file refuses                 interpose.c in front of the C library
+ *   file_size.c   RLIMIT_FSIZE
  *   signals.c     KVM_RUN's signal mask                 ticker.c    what makes it look for signals
  *   python_signals.c  Ctrl-C in CPython                 poke.c      and what wakes one that sleeps
  *   coherence.c   code that changes
@@ -32,6 +34,7 @@
 
 #include "heap.h"
 #include "kvm_abi.h"
+#include "memory.h"
 #include "unicorn_layout.h"
 
 typedef uint8_t u8;
@@ -334,6 +337,7 @@ bool ak_python_interrupted(struct ak_vcpu *v);
 bool ak_send_hwpoison_signal(struct ak_vcpu *v);
 void ak_signals_leave(struct ak_vcpu *v);
 bool ak_hold_signal(const siginfo_t *info);
+bool ak_is_poke(const siginfo_t *info);
 u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS]);
 void ak_faults_close(u64 mask);
 bool ak_signals_would_end(const struct ak_vcpu *v, u64 pending);
@@ -396,7 +400,8 @@ void ak_zap_all(struct ak_vm *vm);
 /* slots.c */
 void ak_slot_free(struct ak_slot *slot);
 struct ak_slot *ak_gfn_to_memslot(struct ak_vm *vm, u64 gfn);
-int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot);
+struct ak_slot *ak_slot_prepare(struct ak_vm *vm, const struct ak_slot *slot);
+void ak_slot_link(struct ak_vm *vm, struct ak_slot *slot);
 int ak_slot_remove(struct ak_vm *vm, u64 base_gfn, u32 id);
 int ak_slot_flags(struct ak_vm *vm, u64 base_gfn, u32 id, u32 flags, u64 *dirty_bitmap);
 

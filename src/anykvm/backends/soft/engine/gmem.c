@@ -49,14 +49,15 @@ int ak_gmem_create(struct ak_vm *vm, int fd, u64 size, u32 flags, struct ak_gmem
 {
     struct flock lock = whole_file(F_WRLCK);
     char name[32];
-    struct ak_gmem *g = calloc(1, sizeof *g);
+    struct ak_gmem *g = ak_calloc(1, sizeof *g);
     if (!g)
         return -ENOMEM;
     snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
     g->fd = open(name, O_RDWR | O_CLOEXEC);
     void *at = MAP_FAILED;
     if (g->fd >= 0 && !fcntl(fd, F_OFD_SETLK, &lock))
-        at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, g->fd, 0);
+        at = ak_injected_failure() ? MAP_FAILED
+                                   : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, g->fd, 0);
     int r = at == MAP_FAILED ? -errno : ak_gmem_file_add(fd, size, flags);
     if (r) {
         if (at != MAP_FAILED)
@@ -106,7 +107,7 @@ int ak_gmem_inject(struct ak_vm *vm, struct ak_gmem *g, u64 offset, int err)
         if (g->failures[i].offset == offset)
             g->failures[i--] = g->failures[--g->nfailures];
     if (err) {
-        struct failure *grown = realloc(g->failures, (g->nfailures + 1) * sizeof *grown);
+        struct failure *grown = ak_realloc(g->failures, (g->nfailures + 1) * sizeof *grown);
         if (grown) {
             g->failures = grown;
             g->failures[g->nfailures++] = (struct failure){offset, err};

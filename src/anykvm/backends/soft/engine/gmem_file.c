@@ -229,7 +229,7 @@ int ak_gmem_file_add(int fd, u64 size, u32 flags)
     while (k && k->ino)
         k = k->next;
     bool fresh = !k;
-    if (fresh && !(k = calloc(1, sizeof *k))) {
+    if (fresh && !(k = ak_calloc(1, sizeof *k))) {
         pthread_mutex_unlock(&lock);
         return -ENOMEM;
     }

@@ -142,10 +142,11 @@ void *ak_heap_resize(struct ak_heap *h, void *block, size_t size)
 int ak_heap_create(struct ak_heap **result)
 {
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    struct ak_heap *h = mmap(NULL, HEAD + AK_HEAP_SIZE, PROT_READ | PROT_WRITE, flags, -1, 0);
+    const int data = PROT_READ | PROT_WRITE;
+    struct ak_heap *h = ak_injected_failure() ? MAP_FAILED : mmap(NULL, HEAD + AK_HEAP_SIZE, data, flags, -1, 0);
     if (h == MAP_FAILED)
         return -ENOMEM;
-    void *code = mmap(NULL, AK_CODE_SIZE, PROT_READ | PROT_WRITE | PROT_EXEC, flags, -1, 0);
+    void *code = ak_injected_failure() ? MAP_FAILED : mmap(NULL, AK_CODE_SIZE, data | PROT_EXEC, flags, -1, 0);
     if (code == MAP_FAILED) {
         munmap(h, HEAD + AK_HEAP_SIZE);
         return -ENOMEM;

@@ -1,7 +1,7 @@
 /* Host memory that may not be there. Guest memory is the process's own, so the host's MMU is the second stage of the
  * guest's: what it refuses arrives here as SIGSEGV or SIGBUS. Two cases are ours: an access under a guard (a TLB fill
  * probing a page, a copy from or to the caller), and an access by guest code whose mapping changed behind our back
- * (fault.c leaves the guest precisely). A third is the ticker's (signals.c): a fault waits for its handler and a signal
+ * (fault.c leaves the guest precisely). A third is the ticker's (poke.c): a fault waits for its handler and a signal
  * waits for the thread. What somebody sent waits until KVM_RUN is over (signals.c). Everything else goes to whoever
  * handled the signal before. */
 #define _GNU_SOURCE
@@ -9,7 +9,6 @@
 #include <errno.h>
 #include <string.h>
 #include <ucontext.h>
-#include <unistd.h>
 
 struct guard {
     sigjmp_buf env;
@@ -69,8 +68,8 @@ static void on_poke(u64 pc, ucontext_t *context)
 static void on_signal(int signo, siginfo_t *si, void *context)
 {
     int saved = errno;
-    if (si->si_code == AK_SI_POKE && si->si_pid == getpid()) {
-        on_poke((u64)si->si_value.sival_ptr, context);
+    if (ak_is_poke(si)) {
+        on_poke(si->si_code == AK_SI_POKE ? (u64)si->si_value.sival_ptr : 0, context);
         errno = saved;
         return;
     }

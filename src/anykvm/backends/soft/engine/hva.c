@@ -27,19 +27,18 @@ int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned)
     int r = 0;
     hva &= AK_PAGE_MASK;
     ak_vm_pause(vm);
-    if (mprotect((void *)hva, AK_PAGE_SIZE, poisoned ? PROT_NONE : PROT_READ | PROT_WRITE))
+    u64 *grown = ak_realloc(vm->poisoned, (vm->npoisoned + 1) * sizeof *grown);
+    if (grown)
+        vm->poisoned = grown;
+    else if (poisoned)
+        r = -ENOMEM;
+    if (!r && mprotect((void *)hva, AK_PAGE_SIZE, poisoned ? PROT_NONE : PROT_READ | PROT_WRITE))
         r = -errno;
-    for (u32 i = 0; i < vm->npoisoned; i++)
+    for (u32 i = 0; !r && i < vm->npoisoned; i++)
         if (vm->poisoned[i] == hva)
             vm->poisoned[i--] = vm->poisoned[--vm->npoisoned];
-    if (poisoned && !r) {
-        u64 *grown = realloc(vm->poisoned, (vm->npoisoned + 1) * sizeof *grown);
-        if (grown) {
-            vm->poisoned = grown;
-            vm->poisoned[vm->npoisoned++] = hva;
-        } else
-            r = -ENOMEM;
-    }
+    if (poisoned && !r)
+        vm->poisoned[vm->npoisoned++] = hva;
     ak_vm_resume(vm, true);
     return r;
 }
@@ -66,7 +65,7 @@ int ak_device_add(u64 start, u64 size)
     pthread_mutex_lock(&devices_lock);
     if (ndevices == devices_room) {
         u32 room = devices_room ? devices_room * 2 : 16;
-        struct range *grown = realloc(devices, room * sizeof *grown);
+        struct range *grown = ak_realloc(devices, room * sizeof *grown);
         if (grown) {
             devices = grown;
             devices_room = room;

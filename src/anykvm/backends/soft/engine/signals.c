@@ -62,6 +62,7 @@ void ak_signals_in_child(void)
 
 static __thread struct {
     bool running;    /* KVM_RUN: they are open */
+    struct ak_vcpu *vcpu; /* whose */
     u64 signals;     /* taken out: bits, and what came with them */
     siginfo_t *info;
 } held __attribute__((tls_model("initial-exec"))); /* no allocation in a handler */
@@ -82,6 +83,16 @@ bool ak_hold_signal(const siginfo_t *info)
     if (ak_current)
         ak_kick(ak_current);
     return true;
+}
+
+/* In the handler: a SIGSEGV of the ticker's (poke.c) for this thread. Where more signals are pending than RLIMIT_SIGPENDING allows,
+ * the kernel delivers one without its information: as if process 0 had sent it. */
+bool ak_is_poke(const siginfo_t *info)
+{
+    if (info->si_code == AK_SI_POKE)
+        return info->si_pid == getpid();
+    return info->si_signo == SIGSEGV && info->si_code == SI_USER && !info->si_pid && held.running &&
+           held.vcpu->pokes != held.vcpu->pokes_seen;
 }
 
 /* The pending ones of `blocked`, which are blocked. */
@@ -140,6 +151,7 @@ void ak_signals_enter(struct ak_vcpu *v)
         this_thread = gettid();
     v->tid = this_thread;
     held.info = v->held_info;
+    held.vcpu = v;
     change_mask(SIG_BLOCK, &everything, &v->outer_mask);
     if (__builtin_expect(v->outer_mask & ~everything, 0)) {
         hold_pending(v->outer_mask & ~everything);

@@ -29,7 +29,7 @@ u32 ak_mm_generation(void)
 
 struct ak_vm *ak_vm_create(void)
 {
-    struct ak_vm *vm = calloc(1, sizeof *vm);
+    struct ak_vm *vm = ak_calloc(1, sizeof *vm);
     struct timespec t;
     if (!vm)
         return NULL;
@@ -116,16 +116,16 @@ void ak_vm_set_hypercall_exits(struct ak_vm *vm, u64 mask)
 
 static int replace(struct ak_vm *vm, const struct ak_slot *old, const struct ak_slot *new)
 {
-    int r = 0;
     if (old && new && old->base_gfn == new->base_gfn)
         return ak_slot_flags(vm, new->base_gfn, new->id, new->flags, new->dirty_bitmap);
-    if (old)
-        r = ak_slot_remove(vm, old->base_gfn, old->id);
-    if (!r && new) {
-        r = ak_slot_insert(vm, new);
-        if (r && old)
-            ak_slot_insert(vm, old);
-    }
+    struct ak_slot *prepared = new ? ak_slot_prepare(vm, new) : NULL; /* what can fail comes first */
+    if (new && !prepared)
+        return -ENOMEM;
+    int r = old ? ak_slot_remove(vm, old->base_gfn, old->id) : 0;
+    if (prepared && !r)
+        ak_slot_link(vm, prepared);
+    else if (prepared)
+        ak_slot_free(prepared);
     return r;
 }
 
