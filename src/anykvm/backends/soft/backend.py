@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from dataclasses import replace
@@ -88,6 +89,10 @@ class SoftBackend:
             raise ioctl_error(error.errno or errno.EIO, request) from error
         except MemoryError as error:
             raise ioctl_error(errno.ENOMEM, request) from error
+        except ctypes.ArgumentError as error:
+            if "MemoryError" not in str(error):
+                raise
+            raise ioctl_error(errno.ENOMEM, request) from error  # in which ctypes wraps it
 
     def mmap(self, fd: int, length: int, offset: int) -> int:
         """Map a vCPU's pages, or a guest_memfd; see ``Backend.mmap``."""

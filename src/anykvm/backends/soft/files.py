@@ -88,7 +88,11 @@ class FileTable:
     def open(self, name: str, file: File) -> int:
         """Make a descriptor for ``file``, which has no pages. Raises OSError: EMFILE, ENOMEM."""
         fd = self.create(name, file.mmap_size)
-        self.install(fd, file)
+        try:
+            self.install(fd, file)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
 
     def get(self, fd: int) -> File:

@@ -96,19 +96,23 @@ def create_guest_memfd(vm: Vm, arg: int) -> int:
     size = request.size
     if not 0 < size <= _MAX_LFS_FILESIZE or size % PAGE_SIZE:
         raise Refused(errno.EINVAL, f"size is 0 or not page aligned, or beyond files: {size:#x}")
+    address = c_uint64()
+    file = None
     fd = os.memfd_create("guest_memfd", os.MFD_ALLOW_SEALING)
     try:
         set_file_size(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         os.fchmod(fd, 0o600)
         os.set_inheritable(fd, True)
-        address = c_uint64()
         result: int = library().ak_gmem_create(vm.address, fd, size, request.flags, byref(address))
         if result:
             raise Refused(-result, f"a file of {size:#x} bytes cannot be mapped")
-        FILES.install(fd, GuestMemfd(vm, address.value, size, request.flags))
+        file = GuestMemfd(vm, address.value, size, request.flags)
+        FILES.install(fd, file)
     except BaseException:
         os.close(fd)
+        if address and file is None:
+            library().ak_gmem_destroy(vm.address, address)
         raise
     return fd
 

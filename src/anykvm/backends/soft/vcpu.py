@@ -103,16 +103,19 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
     result: int = library().ak_ticker_start()
     if result:
         raise Refused(-result, "no thread that makes KVM_RUN look for signals (RLIMIT_NPROC, RLIMIT_AS, a cgroup's pids.max)")
+    created = c_uint64()
     fd = FILES.create(f"kvm-vcpu:{vcpu_id}", file_size(ring_size))
     pages = ring = 0
-    created = c_uint64()
     try:
         pages = map_shared(fd, VCPU_MMAP_SIZE, 0)
         ring = map_shared(fd, ring_size, RING_OFFSET) if ring_size else 0
         result = library().ak_vcpu_create(vm_address, vcpu_id, pages, byref(created))
         if result:
             raise Refused(-result, "no memory for a vCPU")
-        vcpu = Vcpu(created.value, vcpu_id, pages, ring, ring_size)
+        library().ak_vcpu_configure(created, profile.annotate_unresolved, _behaviour(profile), bsp)
+        if ring_size:
+            library().ak_dirty_ring_setup(created, ring, ring_size // ENTRY_SIZE)
+        return fd, Vcpu(created.value, vcpu_id, pages, ring, ring_size)
     except BaseException:
         if created:
             library().ak_vcpu_destroy(created)
@@ -122,7 +125,3 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
             munmap(ring, ring_size)
         os.close(fd)
         raise
-    library().ak_vcpu_configure(vcpu.address, profile.annotate_unresolved, _behaviour(profile), bsp)
-    if ring_size:
-        library().ak_dirty_ring_setup(vcpu.address, ring, ring_size // ENTRY_SIZE)
-    return fd, vcpu

@@ -40,17 +40,28 @@ class Vm:
         """An empty VM of a KVM_X86_*_VM type. Raises OSError from the signal handlers; Refused: ENOMEM."""
         engine = library()
         install_handlers(engine)
+        try:
+            self.lock = threading.RLock()
+            """kvm->lock and kvm->slots_lock."""
+        except RuntimeError:  # what it says instead of MemoryError
+            raise Refused(errno.ENOMEM) from None
         address: int = engine.ak_vm_create()
         if not address:
             raise Refused(errno.ENOMEM)
+        try:
+            self._set_up(address, profile, type)
+        except BaseException:
+            engine.ak_vm_destroy(address)
+            raise
+
+    def _set_up(self, address: int, profile: Profile, type: int) -> None:
+        engine = library()
         self.address = address
         """Of struct ak_vm."""
         self.profile = profile
         self.type = type
         bit = profile.private_gpa_bit if type == c.KVM_X86_SW_PROTECTED_VM else None
         engine.ak_vm_configure(address, 0 if bit is None else 1 << bit, profile.map_writable)
-        self.lock = threading.RLock()
-        """kvm->lock and kvm->slots_lock."""
         self.vcpus: dict[int, Vcpu] = {}
         """By vCPU id. A vCPU lives until its VM goes, also without a descriptor."""
         spaces, gmem = map(self.check_extension, (c.KVM_CAP_MULTI_ADDRESS_SPACE, c.KVM_CAP_GUEST_MEMFD))

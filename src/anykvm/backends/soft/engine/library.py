@@ -70,6 +70,10 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     # host memory
     "ak_host_init": (_int, ()),
     "ak_self_test": (ctypes.c_char_p, ()),
+    # for tests
+    "ak_fail_allocation": (None, (_u32,)),
+    "ak_fail_engine_allocation": (None, (_u32,)),
+    "ak_ticker_tune": (None, (_u32, _u32)),
     "ak_set_file_size": (_int, (_int, _u64)),
     "ak_copy_in": (_int, (_pointer, _address, _u64)),
     "ak_copy_out": (_int, (_address, _pointer, _u64)),
