@@ -51,7 +51,7 @@ WRAPPED = (
     "helper_be_stq_mmu",
 )
 
-#: What the engine calls of the C library and alloc.c answers for it. Only the engine's calls are: ours reach the C library.
+#: What the engine calls of the C library, and alloc.c answers. Our own calls reach the C library.
 ENGINE_CALLS = {
     "malloc": "ak_engine_malloc",
     "calloc": "ak_engine_calloc",

@@ -1,7 +1,7 @@
 """What a guest makes the host allocate has a bound, whatever the guest does.
 
-A vCPU's engine has a heap of 32 MiB and 32 MiB of translated code. Each guest here asks for several times that, and would have
-got it: copies of code pages, the engine's tables of pages with code, bitmaps of code in a page, TLBs, translations."""
+A vCPU's engine has a heap of 32 MiB and 32 MiB of translated code. Each guest here asks for several times that: copies
+of code pages, the engine's tables of pages with code, bitmaps of code in a page, TLBs, translations."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class AddressSpace:
         return slot if slot and slot.base_gfn + slot.npages > base_gfn else None
 
     def index(self, old: Memslot | None, new: Memslot | None) -> None:
-        """Note by frame that ``old`` has gone from ``by_id`` and ``new`` has come; either may be None. It cannot fail."""
+        """Note by frame that ``old`` is gone from ``by_id`` and ``new`` is there; either may be None. Cannot fail."""
         try:
             if old is not None:
                 self._bases.remove(old.base_gfn)
@@ -99,7 +99,7 @@ class AddressSpace:
             if new is not None:
                 self._bases.add(new.base_gfn)
                 self._by_base[new.base_gfn] = new
-        except Exception:  # MemoryError; SystemError, which CPython says of a list that cannot shrink; others if it was stale
+        except Exception:  # MemoryError; for a list that cannot shrink SystemError; others if it was stale
             self._stale = True
 
 

@@ -102,7 +102,8 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
     """
     result: int = library().ak_ticker_start()
     if result:
-        raise Refused(-result, "no thread that makes KVM_RUN look for signals (RLIMIT_NPROC, RLIMIT_AS, a cgroup's pids.max)")
+        what = "no thread that makes KVM_RUN look for signals"
+        raise Refused(-result, f"{what} (RLIMIT_NPROC, RLIMIT_AS, a cgroup's pids.max)")
     created = c_uint64()
     fd = FILES.create(f"kvm-vcpu:{vcpu_id}", file_size(ring_size))
     pages = ring = 0
