@@ -47,21 +47,21 @@ _ALL: Final = (
     Entry("T5", "KVM_PRE_FAULT_MEMORY's annotation taken for KVM_RUN's", "P2", "documented", "ABI.md 7.4, T5"),
     Entry("T6", "a bare EFAULT beside what a ready asynchronous fault left", "P1", "documented", "ABI.md 7.4, T6"),
     Entry("T7", "a page without a host mapping: EFAULT, and no address", "P1", "documented", "ABI.md 7.4, T7"),
-    Entry("T7n", "the same EFAULT, taken for a fault that is settled", "never", "qemu", "ABI.md 7.4, T15"),
+    Entry("T7n", "a bare EFAULT, taken for a fault that is settled", "never", "qemu", "ABI.md 7.4, T15"),
     Entry("T7s", "an unreadable GHCB scratch area: EFAULT, and no address", "P1d", "documented", "ABI.md 2.3"),
     Entry("T8", "guest_memfd without memory: an annotation beside ENOMEM", "P1", "documented", "ABI.md 7.4, T8"),
     Entry("T8n", "an ENOMEM of the first KVM_RUN beside an old annotation", "P2", "documented", "ABI.md 7.4, T8"),
     Entry("T8b", "a poisoned page of a guest_memfd: EHWPOISON", "P1", "qemu", "ABI.md 7.4, T8b"),
     Entry("T9", "a put-off device write is gone when it is to be done", "P3b", "deferring", "ABI.md 7.4, T9"),
     Entry("T9f", "a put-off device write is overwritten by its own second half", "P1", "deferring", "ABI.md 1, row 15"),
-    Entry("T10", "the completion is not found: the guest does the access again", "P3b", "qemu", "ABI.md 7.4, T10", "arm64"),
+    Entry("T10", "a completion is not found, and the access done again", "P3b", "qemu", "ABI.md 7.4, T10", "arm64"),
     Entry("T11", "another thread's KVM_RUN erases an exit", "P3a", "two-threads", "ABI.md 7.4, T11"),
     Entry("T12", "an exit is performed again beside EINTR", "P1", "kvmtool+ie", "ABI.md 7.4, T12"),
     Entry("T13", "KVM_PRE_FAULT_MEMORY overwrites the answer to a device read", "P1", "documented", "ABI.md 7.4, T13"),
     Entry("T14", "EFAULT beside a device exit that was given up", "P1", "errno-blind", "ABI.md 7.4, T14"),
     Entry("T15", "SGX: no EPC left for a page of VM_PFNMAP memory", "P1", "documented", "ABI.md 7.4, T15"),
-    Entry("T15n", "the same EFAULT, taken for a fault that is settled", "never", "qemu", "ABI.md 7.4, T15"),
-    Entry("early", "an EFAULT from before the reset, taken for a fault that is settled", "early-EFAULT", "qemu", "ABI.md 7.3"),
+    Entry("T15n", "SGX: its bare EFAULT, taken for a fault that is settled", "never", "qemu", "ABI.md 7.4, T15"),
+    Entry("early", "an EFAULT before the reset, taken for a settled fault", "early-EFAULT", "qemu", "ABI.md 7.3"),
     Entry("guard", "a page is resolved in vain, again and again", "P1d", "qemu", "ABI.md 8, implication 2"),
 )  # fmt: skip
 
@@ -85,7 +85,7 @@ def classify(violation: Violation) -> str:
 
 
 def _of_fault(violation: Violation) -> str | None:
-    if violation.property is Property.LOST:
+    if violation.property is Property.FAULT_LOST:
         return _LOST_PAGE.get(violation.cause) if violation.cause else None
     if violation.page is violation.cause:  # it really failed for this page, and resolving it did not help
         return "T8b" if violation.cause is Page.P else "guard"
@@ -99,7 +99,7 @@ def _of_fault(violation: Violation) -> str | None:
 
 
 def _of_exit(violation: Violation) -> str | None:
-    if violation.property is Property.LOST:
+    if violation.property is Property.ACCESS_LOST:
         return ("T9" if violation.errno else "T9f") if violation.deferred else None
     if violation.origin is Origin.ABANDONED:
         return "T14"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno as e
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from anykvm.backends.soft.profiles import Purge
 from anykvm.explorer.arch import Arch, Feature, Selects
@@ -28,6 +28,9 @@ from anykvm.explorer.state import (
     Swapped,
     Union,
 )
+
+GUEST: Final = "guest: "
+"""How a step of the guest's begins in ``Return.steps``."""
 
 
 class Machine(NamedTuple):
@@ -108,10 +111,8 @@ def _loop(
 ) -> Iterator[Return]:
     """S8 and S9: requests, MMU, the guest until it exits."""
     if kernel.swapped is Swapped.CONVERTED:
-        kernel = kernel._replace(
-            reason=Reason.MEMORY_FAULT, union=Union(Page.G, Origin.ASYNC), swapped=Swapped.NO
-        )
-        steps = (*steps, "S8: page g is ready, but private by now: exit_reason := MEMORY_FAULT (g), and goes on")
+        kernel = kernel._replace(reason=Reason.MEMORY_FAULT, union=Union(Page.G, Origin.ASYNC), swapped=Swapped.NO)
+        steps = (*steps, "S8: page g is here, and private: exit_reason := MEMORY_FAULT (g); goes on")
     if call.signal:
         yield Return(kernel._replace(reason=Reason.INTR), e.EINTR, (*steps, "S9: a signal"), did)
     else:
@@ -134,6 +135,7 @@ def _execute(
     kernel: Kernel, insn: Insn, machine: Machine, call: Call, steps: tuple[str, ...], did: tuple[Insn, ...]
 ) -> Iterator[Return]:
     again = kernel.insn is insn
+    steps = (*steps, f"{GUEST}{insn.value}")
     page = PAGE_OF.get(insn)
     if page is not None:
         yield _fault(kernel._replace(insn=insn), page, machine.policy, steps, did)._replace(again=again)

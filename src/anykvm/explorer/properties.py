@@ -4,10 +4,11 @@ Each is checked at one kind of step, against what neither side can see (the ghos
 
 - **misread** (a VMM's decision; ABI.md 7.1, soundness: A implies g). It resolves a page that is not the page for which
   this KVM_RUN failed; or it performs a device access though this KVM_RUN ended with none.
-- **lost** (ABI.md 7.1, completeness; 1.3). A KVM_RUN failed for a guest page, and the VMM does not resolve that page;
-  a device access was an exit, and its effect never happens; the guest reads from a device what user space did not answer.
-- **repeated** (ABI.md 1.3: exactly once an access; 2.5: VMMs should guard against the same fault repeating). A device
-  access is performed that was performed before; a page is resolved again though the guest has done nothing since.
+- **fault lost** (ABI.md 7.1, completeness). A KVM_RUN failed for a guest page, and the VMM does not resolve that page.
+- **access lost** (ABI.md 1.3: exactly once an access). A device access was an exit, and its effect never happens; or
+  the guest reads from a device what nobody answered.
+- **repeated** (ABI.md 1.3; 2.5: VMMs that retry should guard against the same fault repeating). A device access is
+  performed that was performed before; or a page is resolved again though the guest has done nothing since.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Property(Enum):
     """What must not happen."""
 
     MISREAD = "misread"
-    LOST = "lost"
+    FAULT_LOST = "fault lost"
+    ACCESS_LOST = "access lost"
     REPEATED = "repeated"
 
 
@@ -64,16 +66,14 @@ def of_decision(vmm: Vmm, unread: Unread, union: Union, decision: Decision) -> t
         if page is vmm.resolved:
             found.append(Violation(Property.REPEATED, Subject.FAULT, errno, cause, page, union.origin))
     elif cause is not None:
-        found.append(Violation(Property.LOST, Subject.FAULT, errno, cause, erased=unread.erased))
+        found.append(Violation(Property.FAULT_LOST, Subject.FAULT, errno, cause, erased=unread.erased))
     if act is Act.SERVE:
         if not unread.device and not vmm.deferred:
             found.append(Violation(Property.MISREAD, Subject.EXIT, errno, cause, origin=union.origin))
         if vmm.access is Access.PERFORMED:
             found.append(Violation(Property.REPEATED, Subject.EXIT, errno, cause, origin=union.origin))
     elif vmm.access is Access.REPORTED and act is not Act.DEFER:
-        found.append(
-            Violation(Property.LOST, Subject.EXIT, errno, erased=unread.erased, deferred=vmm.deferred)
-        )
+        found.append(Violation(Property.ACCESS_LOST, Subject.EXIT, errno, erased=unread.erased, deferred=vmm.deferred))
     return tuple(found)
 
 
@@ -81,9 +81,9 @@ def of_return(vmm: Vmm, ended: Return) -> tuple[Violation, ...]:
     """What the end of a KVM_RUN violates, whatever the VMM makes of it."""
     found: list[Violation] = []
     if ended.answer_lost:
-        found.append(Violation(Property.LOST, Subject.ANSWER, ended.errno))
+        found.append(Violation(Property.ACCESS_LOST, Subject.ANSWER, ended.errno))
     if ended.device and not ended.again and vmm.access is Access.REPORTED:
-        found.append(Violation(Property.LOST, Subject.EXIT, ended.errno, deferred=vmm.deferred))
+        found.append(Violation(Property.ACCESS_LOST, Subject.EXIT, ended.errno, deferred=vmm.deferred))
     return tuple(found)
 
 

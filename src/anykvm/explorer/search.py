@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final
 
 from anykvm.explorer.moves import Game, Step, moves
 from anykvm.explorer.properties import Property, Violation
 from anykvm.explorer.state import World
 
 DEPTH: Final = 16
-"""Moves a trace may have, unless said otherwise. Each search of the table ends before: it has then seen all there is."""
+"""Moves a trace may have, unless said otherwise. Each search of the table ends earlier, with all states seen."""
 
 
-class Trace(NamedTuple):
-    """From a new vCPU to a violation."""
+@dataclass(frozen=True)
+class Walk:
+    """Moves from a new vCPU on."""
 
     game: Game
     steps: tuple[Step, ...]
-    violation: Violation
 
     @property
     def length(self) -> int:
         """Moves."""
         return len(self.steps)
+
+
+@dataclass(frozen=True)
+class Trace(Walk):
+    """A walk that ends with a violation."""
+
+    violation: Violation
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,21 @@ def search(game: Game, depth: int = DEPTH) -> Found:
                     following.append(step.world)
         frontier = following
     return Found(game, depth, len(parents), not frontier, traces)
+
+
+def walks(game: Game, depth: int = DEPTH) -> Iterator[Walk]:
+    """A shortest walk to every state that at most ``depth`` moves lead to without a violation, nearest first."""
+    parents: _Parents = {World(): None}
+    frontier, machine = [World()], game.machine
+    for _ in range(depth):
+        following: list[World] = []
+        for world in frontier:
+            for step in moves(world, game, machine):
+                if not step.violations and step.world not in parents:
+                    parents[step.world] = (world, step)
+                    following.append(step.world)
+                    yield Walk(game, _path(parents, step.world))
+        frontier = following
 
 
 def _path(parents: _Parents, world: World) -> tuple[Step, ...]:

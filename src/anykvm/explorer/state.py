@@ -94,7 +94,7 @@ class Insn(Enum):
     TOUCH_H = "touches page h"
     TOUCH_E = "touches page e"
     TOUCH_S = "exits to the hypervisor by page s"
-    TOUCH_SWAPPED = "touches page g, which is swapped out, and does something else meanwhile"
+    TOUCH_SWAPPED = "touches page g, and does something else meanwhile"
     PUSH_ACROSS = "pushes onto a device and a page that is not present, and takes the #PF"
 
 
@@ -151,7 +151,7 @@ class Return(NamedTuple):
     errno: int
     """E; 0: it succeeded."""
     steps: tuple[str, ...]
-    """Those of ABI.md 7.2 that did something, in words."""
+    """Those of ABI.md 7.2 that did something, and what the guest did, in words."""
     did: tuple[Insn, ...] = ()
     """What the guest did, the instruction it ended at included."""
     again: bool = False

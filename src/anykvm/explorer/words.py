@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from anykvm.abi.names import errno_name
 from anykvm.explorer.catalogue import classify
@@ -11,6 +11,12 @@ from anykvm.explorer.properties import Property, Subject, Violation
 from anykvm.explorer.rules import Decision
 from anykvm.explorer.search import Trace
 from anykvm.explorer.state import Call, Kernel, Reason, Union
+
+_OPTIONS: Final = {
+    "immediate_exit": "immediate_exit",
+    "signal": "a signal waits",
+    "bad_sync": "bad kvm_dirty_regs",
+}
 
 
 def result(errno: int) -> str:
@@ -24,8 +30,7 @@ def result(errno: int) -> str:
 
 def call(how: Call) -> str:
     """A call of KVM_RUN, with what is special about it."""
-    options = [name for name, given in how._asdict().items() if given]
-    return "KVM_RUN" + (f" with {', '.join(options)}" if options else "")
+    return "KVM_RUN" + "".join(f", {_OPTIONS[name]}" for name, given in how._asdict().items() if given)
 
 
 def page(reason: Reason, union: Union) -> str:
@@ -58,12 +63,12 @@ def verdict(violation: Violation) -> str:
             return f"misread: the VMM resolves page {violation.page.value}; KVM_RUN gave {errno} {why}"
         case Property.MISREAD, Subject.EXIT:
             return f"misread: the VMM performs a device access; KVM_RUN gave {errno}, and no exit"
-        case Property.LOST, Subject.FAULT:
-            return f"lost: KVM_RUN gave {errno} for {cause}; the VMM does not learn it, or does not look"
-        case Property.LOST, Subject.EXIT:
-            return "lost: the guest's device access never reaches the device"
-        case Property.LOST, Subject.ANSWER:
-            return "lost: the guest reads something else than the VMM answered"
+        case Property.FAULT_LOST, Subject.FAULT:
+            return f"fault lost: KVM_RUN gave {errno} for {cause}; the VMM does not learn it, or does not look"
+        case Property.ACCESS_LOST, Subject.EXIT:
+            return "access lost: the guest's device access never reaches the device"
+        case Property.ACCESS_LOST, Subject.ANSWER:
+            return "access lost: the guest reads something else than the VMM answered"
         case Property.REPEATED, Subject.FAULT:
             assert violation.page is not None
             return f"repeated: page {violation.page.value} is resolved again, and the guest has done nothing since"
@@ -89,7 +94,6 @@ def _move(move: Move, after: Kernel) -> dict[str, Any]:
     if move.ended is not None:
         said["result"] = result(move.ended.errno)
         said["steps"] = list(move.ended.steps)
-        said["guest"] = [insn.value for insn in move.ended.did]
     if move.decision is not None:
         said["decision"] = decided(move.decision)
     if move.kind is not Kind.REACT:

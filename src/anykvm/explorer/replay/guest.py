@@ -97,9 +97,7 @@ class Guest:
         fd = self._files[page] = self.vm.create_guest_memfd(PAGE_SIZE, flags)
         self._stack.callback(os.close, fd)
         slot = 100 + len(self._files)
-        self.vm.set_user_memory_region2(
-            slot, GPA[page], PAGE_SIZE, shared.address, abi.KVM_MEM_GUEST_MEMFD, fd, 0
-        )
+        self.vm.set_user_memory_region2(slot, GPA[page], PAGE_SIZE, shared.address, abi.KVM_MEM_GUEST_MEMFD, fd, 0)
 
     def __enter__(self) -> Guest:
         """Enter."""
@@ -121,7 +119,7 @@ class Guest:
             fail_page(self._files[page], 0, 0)
 
     def convert(self, page: Page) -> None:
-        """Make a page what the access was, shared: what a confidential VMM does for any page, whether it helps or not."""
+        """Make a page what the access was, shared: all that a confidential VMM does, whether it helps or not."""
         if self._files:
             self.vm.set_memory_attributes(GPA[page], PAGE_SIZE, 0)
 

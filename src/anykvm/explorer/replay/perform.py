@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from anykvm import abi
-from anykvm.abi.names import errno_name
+from anykvm.explorer import words
 from anykvm.explorer.moves import Kind, Step
 from anykvm.explorer.policy import Annotates
 from anykvm.explorer.replay.guest import DEVICE, GPA, PAGE_AT, Guest
 from anykvm.explorer.replay.possible import why_not
-from anykvm.explorer.rules import Act, Decision, Seen
-from anykvm.explorer.search import Trace
+from anykvm.explorer.rules import Act, Seen
+from anykvm.explorer.search import Walk
 from anykvm.explorer.state import Call, Completion, Insn, Kernel, Page, Reason, Return, Union, World
 from anykvm.host.ranges import PAGE_SIZE
 
@@ -39,9 +39,9 @@ class Compared(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """A trace on a guest of the profile."""
+    """A walk on a guest of the profile."""
 
-    trace: Trace
+    walk: Walk
     profile: str
     steps: tuple[Compared, ...]
 
@@ -51,30 +51,30 @@ class Replay(NamedTuple):
         return all(step.agrees for step in self.steps)
 
 
-def replay(trace: Trace) -> Replay:
-    """Run a trace on a guest of the policy's profile. Ends at the first move that has another outcome.
+def replay(walk: Walk) -> Replay:
+    """Run a walk on a guest of the policy's profile. Ends at the first move that has another outcome.
 
-    Raises ValueError for a trace that ``why_not`` refuses; ImportError and OSError when soft does not work here.
+    Raises ValueError for a walk that ``why_not`` refuses; ImportError and OSError when soft does not work here.
     """
-    if (why := why_not(trace)) is not None:
-        raise ValueError(f"this trace cannot be replayed: {why}")
-    profile = trace.game.policy.profile
+    if (why := why_not(walk)) is not None:
+        raise ValueError(f"this walk cannot be replayed: {why}")
+    profile = walk.game.policy.profile
     assert profile is not None
-    private = trace.game.policy.annotates is not Annotates.NOTHING
-    with Guest(profile, _program(trace), private=private) as guest:
+    private = walk.game.policy.annotates is not Annotates.NOTHING
+    with Guest(profile, _program(walk), private=private) as guest:
         compared: list[Compared] = []
-        player, before = _Player(guest, trace), World()
-        for step in trace.steps:
+        player, before = _Player(guest, walk), World()
+        for step in walk.steps:
             compared.append(player.play(step, before))
             if not compared[-1].agrees:
                 break
             before = step.world
-    return Replay(trace, profile, tuple(compared))
+    return Replay(walk, profile, tuple(compared))
 
 
-def _program(trace: Trace) -> list[Insn]:
+def _program(walk: Walk) -> list[Insn]:
     """Everything the guest does, each instruction once however often it is tried."""
-    return [insn for step in trace.steps if step.move.ended for insn in _begun(step.move.ended)]
+    return [insn for step in walk.steps if step.move.ended for insn in _begun(step.move.ended)]
 
 
 def _begun(ended: Return) -> tuple[Insn, ...]:
@@ -84,9 +84,9 @@ def _begun(ended: Return) -> tuple[Insn, ...]:
 class _Player:
     """Plays the moves; knows where the model has the guest."""
 
-    def __init__(self, guest: Guest, trace: Trace) -> None:
+    def __init__(self, guest: Guest, walk: Walk) -> None:
         self.guest = guest
-        self.rule, self.policy = trace.game.rule, trace.game.policy
+        self.rule, self.policy = walk.game.rule, walk.game.policy
         self.errno = 0
         self.begun = 0  # instructions the guest has begun, in the model
         self.position = 0  # the one it stands at
@@ -98,7 +98,7 @@ class _Player:
             return self._run(step, before.kernel)
         if kind is Kind.REACT:
             return self._react(step, before)
-        model = _page(step.world.kernel)
+        model = f"exit_reason {words.page_of(step.world.kernel)}"
         if kind is Kind.PRE_FAULT:
             with contextlib.suppress(OSError):  # its own result is not the question
                 self.guest.vcpu.pre_fault_memory(GPA[Page.N], PAGE_SIZE)
@@ -118,8 +118,8 @@ class _Player:
         self._moved(before, ended)
         with _called(self.guest, call):
             self.errno = self._ioctl(0)
-        model = f"{_result(ended.errno)}, {_page(ended.kernel)}"
-        real = f"{_result(self.errno)}, {self._real_page()}"
+        model = f"{words.result(ended.errno)}, exit_reason {words.page_of(ended.kernel)}"
+        real = f"{words.result(self.errno)}, {self._real_page()}"
         if not ended.kernel.dead:
             model += f", guest at instruction {self.position}"
             real += f", guest at instruction {self.guest.position()}"
@@ -127,7 +127,7 @@ class _Player:
             model += ", " + ("another value" if ended.answer_lost else "the VMM's value") + " read"
             value = self.guest.vcpu.get_regs().rbx
             real += ", " + ("the VMM's value" if value == ANSWER else "another value") + " read"
-        return Compared(_call(call), model, real)
+        return Compared(words.call(call), model, real)
 
     def _moved(self, before: Kernel, ended: Return) -> None:
         after = ended.kernel
@@ -149,8 +149,8 @@ class _Player:
             with contextlib.suppress(OSError) if before.kernel.dead else contextlib.nullcontext():
                 resolve(did.page)
         elif did.act is Act.SERVE and not run.mmio.is_write:
-            run.mmio.data[:4] = ANSWER.to_bytes(4, "little")
-        return Compared(Kind.REACT.value, decided(decision), decided(did))
+            run.mmio.data[:4] = list(ANSWER.to_bytes(4, "little"))
+        return Compared(Kind.REACT.value, words.decided(decision), words.decided(did))
 
     def _ioctl(self, arg: int) -> int:
         try:
@@ -178,7 +178,7 @@ class _Player:
             return f"exit_reason MMIO for {run.mmio.phys_addr:#x}"
         if reason is Reason.MEMORY_FAULT and (run.memory_fault.size != PAGE_SIZE or union.page is None):
             return f"exit_reason MEMORY_FAULT for {run.memory_fault.size:#x} bytes at {run.memory_fault.gpa:#x}"
-        return said(reason, union)
+        return f"exit_reason {words.page(reason, union)}"
 
 
 @contextlib.contextmanager
@@ -200,30 +200,3 @@ def _called(guest: Guest, call: Call) -> Iterator[None]:
         if signal.SIGUSR1 in signal.sigpending():
             signal.sigwait({signal.SIGUSR1})
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
-
-
-def _call(call: Call) -> str:
-    options = [name for name, given in call._asdict().items() if given]
-    return "KVM_RUN" + (f" with {', '.join(options)}" if options else "")
-
-
-def _result(errno: int) -> str:
-    return f"-{errno_name(errno)}" if errno else "0"
-
-
-def _page(kernel: Kernel) -> str:
-    return said(kernel.reason, kernel.union)
-
-
-def said(reason: Reason, union: Union) -> str:
-    """What the shared page says, in words: exit_reason, and the part of the union that goes with it."""
-    if reason is Reason.MEMORY_FAULT and union.page is not None:
-        return f"exit_reason MEMORY_FAULT ({union.page.value})"
-    if reason is Reason.MMIO:
-        return f"exit_reason MMIO ({'write' if union.write else 'read'})"
-    return f"exit_reason {reason.name}"
-
-
-def decided(decision: Decision) -> str:
-    """Give a decision in words."""
-    return f"{decision.act.value} {decision.page.value}" if decision.page else decision.act.value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from anykvm.explorer.moves import Kind, Step
-from anykvm.explorer.search import Trace
+from anykvm.explorer.search import Walk
 from anykvm.explorer.state import Insn
 
 _INSNS: Final = {
@@ -20,12 +20,12 @@ _STEPS: Final = {
 }
 
 
-def why_not(trace: Trace) -> str | None:
-    """Say why a trace cannot be replayed; None if it can."""
-    policy, _, arch = trace.game
+def why_not(walk: Walk) -> str | None:
+    """Say why a walk cannot be replayed; None if it can."""
+    policy, _, arch = walk.game
     if arch.name != "x86":
         return f"soft's guests are x86, whose completions need no exit_reason; this one is {arch.name}'s"
-    reasons = filter(None, map(_of_step, trace.steps))
+    reasons = filter(None, map(_of_step, walk.steps))
     return next(reasons, None) or (None if policy.profile else f"no profile is {policy.name}")
 
 
