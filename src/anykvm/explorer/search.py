@@ -80,17 +80,19 @@ def search(game: Game, depth: int = DEPTH) -> Found:
 
 
 def walks(game: Game, depth: int = DEPTH) -> Iterator[Walk]:
-    """A shortest walk to every state that at most ``depth`` moves lead to without a violation, nearest first."""
+    """Every move without a violation, behind a shortest walk to where it is made; ``depth`` moves at most."""
     parents: _Parents = {World(): None}
     frontier, machine = [World()], game.machine
     for _ in range(depth):
         following: list[World] = []
         for world in frontier:
             for step in moves(world, game, machine):
-                if not step.violations and step.world not in parents:
+                if step.violations:
+                    continue
+                yield Walk(game, (*_path(parents, world), step))
+                if step.world not in parents:
                     parents[step.world] = (world, step)
                     following.append(step.world)
-                    yield Walk(game, _path(parents, step.world))
         frontier = following
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno as e
 import mmap
 import os
+import signal
 from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -28,8 +29,13 @@ CODE: Final = 0x1000
 DEVICE: Final = 0x800000
 """No memslot is there."""
 GPA: Final = {Page.G: 0x100000, Page.N: 0x110000, Page.P: 0x120000, Page.H: 0x130000, Page.E: 0x140000}
-"""Where the pages are."""
-PAGE_AT: Final = {gpa: page for page, gpa in GPA.items()}
+"""Where the pages of each kind begin."""
+EACH: Final = 16
+"""How many pages there are of each kind: every instruction that touches one has its own."""
+_SIZE: Final = EACH * PAGE_SIZE
+KICK: Final = signal.SIGUSR1
+"""The signal that KVM_RUN lets through."""
+_FAULTS: Final = {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 _BLOCK: Final = 8
 _PRIVATE_GPA_BIT: Final = 47
 _HLT: Final = bytes.fromhex("f4").ljust(_BLOCK, b"\x90")
@@ -39,8 +45,16 @@ def _store(address: int) -> bytes:
     return bytes.fromhex("66 67 89 0d") + address.to_bytes(4, "little")  # mov [address], ecx
 
 
-def encode(insn: Insn) -> bytes:
-    """Give the machine code of an instruction. Raises KeyError for one that soft's guests cannot have."""
+def page_at(gpa: int) -> Page | None:
+    """Tell of which kind a page is; None: none."""
+    return next((page for page, first in GPA.items() if first <= gpa < first + _SIZE), None)
+
+
+def encode(insn: Insn, number: int = 0) -> bytes:
+    """Give the machine code of an instruction, the ``number``-th of its kind.
+
+    Raises KeyError for one that soft's guests cannot have.
+    """
     if insn is Insn.HLT:
         return _HLT
     if insn is Insn.READ:
@@ -49,7 +63,7 @@ def encode(insn: Insn) -> bytes:
         return _store(DEVICE)
     if insn is Insn.WRITE_ACROSS:
         return _store(DEVICE + PAGE_SIZE - 2)
-    return _store(GPA[PAGE_OF[insn]])
+    return _store(GPA[PAGE_OF[insn]] + number * PAGE_SIZE)
 
 
 class Guest:
@@ -71,33 +85,35 @@ class Guest:
         kvm = enter(anykvm.open(self.backend))
         self.vm = enter(kvm.create_vm(abi.KVM_X86_SW_PROTECTED_VM if private else abi.KVM_X86_DEFAULT_VM))
         ram = enter(anykvm.GuestMemory(2 * PAGE_SIZE))
-        code = b"".join(map(encode, self.insns)) + _HLT
-        ram.write(CODE, code)
+        numbered = [encode(insn, self.insns[:at].count(insn)) for at, insn in enumerate(self.insns)]
+        ram.write(CODE, b"".join([*numbered, _HLT]))
         self.vm.map(ram, 0)
-        self._unmapped = enter(anykvm.GuestMemory(PAGE_SIZE))
-        self._unmapped.protect(0, PAGE_SIZE, 0)
+        self._unmapped = enter(anykvm.GuestMemory(_SIZE))
+        self._unmapped.protect(0, _SIZE, 0)
         self.vm.map(self._unmapped, GPA[Page.H])
         self._epc = SgxVepc(pages=0)
-        self.vm.map(enter(self._epc.map(PAGE_SIZE)), GPA[Page.E])
+        self.vm.map(enter(self._epc.map(_SIZE)), GPA[Page.E])
         self._files: dict[Page, int] = {}
         if private:
             self._gmem(Page.G, 0)
-            self.vm.set_memory_attributes(GPA[Page.G], PAGE_SIZE, abi.KVM_MEMORY_ATTRIBUTE_PRIVATE)
+            self.vm.set_memory_attributes(GPA[Page.G], _SIZE, abi.KVM_MEMORY_ATTRIBUTE_PRIVATE)
             for page, error in ((Page.N, e.ENOMEM), (Page.P, EHWPOISON)):
                 self._gmem(page, abi.GUEST_MEMFD_FLAG_MMAP)
-                fail_page(self._files[page], 0, error)
+                for number in range(EACH):
+                    fail_page(self._files[page], number * PAGE_SIZE, error)
         self.vcpu = enter(self.vm.create_vcpu())
+        self.vcpu.set_signal_mask(signal.valid_signals() - _FAULTS - {KICK})
         self.vcpu.set_real_mode(rip=CODE)
         sregs = self.vcpu.get_sregs()
         sregs.ds.limit = 0xFFFFFFFF
         self.vcpu.set_sregs(sregs)
 
     def _gmem(self, page: Page, flags: int) -> None:
-        shared = self._stack.enter_context(anykvm.GuestMemory(PAGE_SIZE))
-        fd = self._files[page] = self.vm.create_guest_memfd(PAGE_SIZE, flags)
+        shared = self._stack.enter_context(anykvm.GuestMemory(_SIZE))
+        fd = self._files[page] = self.vm.create_guest_memfd(_SIZE, flags)
         self._stack.callback(os.close, fd)
         slot = 100 + len(self._files)
-        self.vm.set_user_memory_region2(slot, GPA[page], PAGE_SIZE, shared.address, abi.KVM_MEM_GUEST_MEMFD, fd, 0)
+        self.vm.set_user_memory_region2(slot, GPA[page], _SIZE, shared.address, abi.KVM_MEM_GUEST_MEMFD, fd, 0)
 
     def __enter__(self) -> Guest:
         """Enter."""
@@ -107,21 +123,24 @@ class Guest:
         """Free all of it."""
         self._stack.close()
 
-    def resolve(self, page: Page) -> None:
+    def resolve(self, gpa: int) -> None:
         """Let the guest have a page, whatever was wrong with it."""
-        if page is Page.G:
-            self.vm.set_memory_attributes(GPA[page], PAGE_SIZE, 0)
-        elif page is Page.H:
-            self._unmapped.protect(0, PAGE_SIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+        page = page_at(gpa)
+        if page is None or page is Page.G:
+            self.convert(gpa)
+            return
+        offset = gpa - GPA[page]
+        if page is Page.H:
+            self._unmapped.protect(offset, PAGE_SIZE, mmap.PROT_READ | mmap.PROT_WRITE)
         elif page is Page.E:
             self._epc.grow(1)
         else:
-            fail_page(self._files[page], 0, 0)
+            fail_page(self._files[page], offset, 0)
 
-    def convert(self, page: Page) -> None:
+    def convert(self, gpa: int) -> None:
         """Make a page what the access was, shared: all that a confidential VMM does, whether it helps or not."""
         if self._files:
-            self.vm.set_memory_attributes(GPA[page], PAGE_SIZE, 0)
+            self.vm.set_memory_attributes(gpa, PAGE_SIZE, 0)
 
     def kill(self) -> None:
         """Let the VM die, as a bug check of KVM's does."""

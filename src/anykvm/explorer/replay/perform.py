@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -12,15 +13,17 @@ from anykvm import abi
 from anykvm.explorer import words
 from anykvm.explorer.moves import Kind, Step
 from anykvm.explorer.policy import Annotates
-from anykvm.explorer.replay.guest import DEVICE, GPA, PAGE_AT, Guest
+from anykvm.explorer.replay.guest import DEVICE, EACH, GPA, KICK, Guest, page_at
 from anykvm.explorer.replay.possible import why_not
 from anykvm.explorer.rules import Act, Seen
 from anykvm.explorer.search import Walk
-from anykvm.explorer.state import Call, Completion, Insn, Kernel, Page, Reason, Return, Union, World
+from anykvm.explorer.state import PAGE_OF, Call, Completion, Insn, Kernel, Origin, Page, Reason, Return, Union, World
 from anykvm.host.ranges import PAGE_SIZE
 
 ANSWER: Final = 0x5AFE5AFE
 """What the VMM answers to device reads."""
+_PRE_FAULT: Final = GPA[Page.N] + (EACH - 1) * PAGE_SIZE
+"""No guest gets that far."""
 _BAD_SYNC: Final = 1 << 20
 _REASONS: Final = frozenset(reason.value for reason in Reason)
 
@@ -88,6 +91,7 @@ class _Player:
         self.guest = guest
         self.rule, self.policy = walk.game.rule, walk.game.policy
         self.errno = 0
+        self.touched: Counter[Page] = Counter()
         self.begun = 0  # instructions the guest has begun, in the model
         self.position = 0  # the one it stands at
 
@@ -101,7 +105,7 @@ class _Player:
         model = f"exit_reason {words.page_of(step.world.kernel)}"
         if kind is Kind.PRE_FAULT:
             with contextlib.suppress(OSError):  # its own result is not the question
-                self.guest.vcpu.pre_fault_memory(GPA[Page.N], PAGE_SIZE)
+                self.guest.vcpu.pre_fault_memory(_PRE_FAULT, PAGE_SIZE)
         elif kind is Kind.OTHER_RUN:
             thread = threading.Thread(target=self._ioctl, args=(1,))
             thread.start()
@@ -120,6 +124,9 @@ class _Player:
             self.errno = self._ioctl(0)
         model = f"{words.result(ended.errno)}, exit_reason {words.page_of(ended.kernel)}"
         real = f"{words.result(self.errno)}, {self._real_page()}"
+        if ended.kernel.union.origin is Origin.RUN and ended.cause is ended.kernel.union.page and ended.cause:
+            model += f" at {GPA[ended.cause] + (self.touched[ended.cause] - 1) * PAGE_SIZE:#x}"
+            real += f" at {self.guest.vcpu.kvm_run.memory_fault.gpa:#x}"
         if not ended.kernel.dead:
             model += f", guest at instruction {self.position}"
             real += f", guest at instruction {self.guest.position()}"
@@ -132,6 +139,7 @@ class _Player:
     def _moved(self, before: Kernel, ended: Return) -> None:
         after = ended.kernel
         self.begun += len(_begun(ended))
+        self.touched.update(PAGE_OF[insn] for insn in _begun(ended) if insn in PAGE_OF)
         if ended.did:
             self.position = self.begun - (after.insn is not None)
         elif before.completion is Completion.READ and after.completion is Completion.NONE:
@@ -147,7 +155,7 @@ class _Player:
             resolve = self.guest.resolve if did.page in self.rule.resolves else self.guest.convert
             # A dead VM refuses its ioctls with EIO, to a VMM that does not know it is dead.
             with contextlib.suppress(OSError) if before.kernel.dead else contextlib.nullcontext():
-                resolve(did.page)
+                resolve(run.memory_fault.gpa)
         elif did.act is Act.SERVE and not run.mmio.is_write:
             run.mmio.data[:4] = list(ANSWER.to_bytes(4, "little"))
         return Compared(Kind.REACT.value, words.decided(decision), words.decided(did))
@@ -166,7 +174,7 @@ class _Player:
             raise AssertionError(f"exit_reason {run.exit_reason} is not one of the model's")
         reason = Reason(run.exit_reason)
         if reason is Reason.MEMORY_FAULT:
-            return reason, Union(PAGE_AT.get(run.memory_fault.gpa))
+            return reason, Union(page_at(run.memory_fault.gpa))
         if reason is Reason.MMIO:
             return reason, Union(read=not run.mmio.is_write, write=bool(run.mmio.is_write))
         return reason, Union()
@@ -190,13 +198,10 @@ def _called(guest: Guest, call: Call) -> Iterator[None]:
     if not call.signal:
         yield
         return
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {KICK})
     try:
-        vcpu.set_signal_mask(set(range(1, signal.NSIG)) - {signal.SIGUSR1})
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        signal.pthread_kill(threading.get_ident(), KICK)
         yield
     finally:
-        vcpu.set_signal_mask(None)
-        if signal.SIGUSR1 in signal.sigpending():
-            signal.sigwait({signal.SIGUSR1})
+        signal.sigwait({KICK})
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
