@@ -115,11 +115,15 @@ def named(found: Found) -> dict[str, Trace]:
 
 
 @cache
+def _searched(game: Game) -> Found:
+    return search(game)
+
+
+@cache
 def trace(name: str) -> Trace:
     """The shortest trace of a name, where its entry shows it. Raises KeyError for an unknown name.
 
     >>> trace("T7").length
     2
     """
-    entry = ENTRIES[name]
-    return named(search(entry.game))[name]
+    return named(_searched(ENTRIES[name].game))[name]

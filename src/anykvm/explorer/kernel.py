@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno as e
 from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Final
 
 from anykvm.backends.soft.profiles import Purge
 from anykvm.explorer.arch import Arch, Feature, Selects
@@ -33,12 +33,26 @@ GUEST: Final = "guest: "
 """How a step of the guest's begins in ``Return.steps``."""
 
 
-class Machine(NamedTuple):
-    """A KVM on an architecture, and the instructions its guests may contain."""
+class Machine:
+    """A KVM on an architecture, and the instructions its guests may contain.
 
-    policy: Policy
-    arch: Arch
-    insns: frozenset[Insn]
+    It remembers its answers: every VMM asks the same of it, and each of them again in another state of its own.
+    """
+
+    def __init__(self, policy: Policy, arch: Arch, insns: frozenset[Insn]) -> None:
+        """Know nothing yet."""
+        self.policy = policy
+        self.arch = arch
+        self.insns = insns
+        self._known: dict[tuple[Kernel, Call], tuple[Return, ...]] = {}
+
+    def kvm_run(self, kernel: Kernel, call: Call) -> tuple[Return, ...]:
+        """Every way in which KVM_RUN can end, in a fixed order."""
+        asked = kernel, call
+        known = self._known.get(asked)
+        if known is None:
+            known = self._known[asked] = tuple(kvm_run(kernel, call, self))
+        return known
 
 
 def kvm_run(kernel: Kernel, call: Call, machine: Machine) -> Iterator[Return]:

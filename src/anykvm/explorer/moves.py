@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import Enum
+from functools import cache
 from typing import NamedTuple
 
 from anykvm.explorer import kernel as k
@@ -60,7 +61,12 @@ class Game(NamedTuple):
     @property
     def machine(self) -> k.Machine:
         """The kernel's side, with the instructions this VMM's guests may contain."""
-        return k.Machine(self.policy, self.arch, frozenset(_insns(self)))
+        return _machine(self.policy, self.arch, frozenset(_insns(self)))
+
+
+@cache
+def _machine(policy: Policy, arch: Arch, insns: frozenset[Insn]) -> k.Machine:
+    return k.Machine(policy, arch, insns)
 
 
 _NEEDS = {
@@ -100,7 +106,7 @@ def moves(world: World, game: Game, machine: k.Machine) -> Iterator[Step]:
             yield Step(Move(Kind.OTHER_RUN), World(kernel, vmm._replace(unread=vmm.unread._replace(erased=erased))))
         return
     for call in _calls(world, game):
-        for ended in k.kvm_run(world.kernel, call, machine):
+        for ended in machine.kvm_run(world.kernel, call):
             yield _ran(world, call, ended)
     if not vmm.deferred and not world.kernel.dead:
         yield from _others(world, game)

@@ -14,7 +14,13 @@ from anykvm.abi import constants as c
 from anykvm.abi.validity import EHWPOISON
 
 
-class Reason(Enum):
+class Member(Enum):
+    """A value of a variable. There is one object for each, so its identity is its hash: Enum's own is a Python call."""
+
+    __hash__ = object.__hash__
+
+
+class Reason(Member):
     """X: kvm_run.exit_reason. MMIO stands for every exit that user space answers or performs: IO, HYPERCALL, ..."""
 
     UNKNOWN = c.KVM_EXIT_UNKNOWN
@@ -24,7 +30,7 @@ class Reason(Enum):
     MEMORY_FAULT = c.KVM_EXIT_MEMORY_FAULT
 
 
-class Page(Enum):
+class Page(Member):
     """A guest page that cannot be had, by what is wrong with it."""
 
     G = "g"
@@ -52,7 +58,7 @@ ERRNO: Final = {
 """With which errno KVM_RUN fails for a page."""
 
 
-class Origin(Enum):
+class Origin(Member):
     """Ghost: which step wrote the union."""
 
     RUN = "KVM_RUN"
@@ -72,7 +78,7 @@ class Union(NamedTuple):
     """Of a read: user space has stored the value."""
 
 
-class Completion(Enum):
+class Completion(Member):
     """C: what the next KVM_RUN has to finish."""
 
     NONE = "none"
@@ -81,7 +87,7 @@ class Completion(Enum):
     FRAGMENT = "the second half of a write"
 
 
-class Insn(Enum):
+class Insn(Member):
     """What the guest does next. It does it again until it is done."""
 
     HLT = "halts"
@@ -109,7 +115,7 @@ PAGE_OF: Final = {
 """The page an instruction needs."""
 
 
-class Swapped(Enum):
+class Swapped(Member):
     """Page g under an asynchronous page fault."""
 
     NO = "no"
@@ -164,7 +170,7 @@ class Return(NamedTuple):
     """Ghost: it gave the guest a value for a device read that is not user space's answer."""
 
 
-class Access(Enum):
+class Access(Member):
     """Ghost: the device access last handed to user space."""
 
     NONE = "none"
