@@ -15,7 +15,7 @@ import pytest
 
 import anykvm.explorer.replay
 from anykvm.cli import app
-from anykvm.explorer import ENTRIES, POLICIES, RULES, Property, trace
+from anykvm.explorer import ARCHITECTURES, ENTRIES, POLICIES, RULES, Property, trace
 from anykvm.explorer.diagram import diagram
 from anykvm.explorer.replay import Compared, Replay
 from anykvm.explorer.replay.campaign import Campaign
@@ -36,16 +36,16 @@ def test_plain_lines_when_it_is_no_terminal(capsys: pytest.CaptureFixture[str]) 
     code, out, err = explore(capsys, "--policy", "P3b")
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"P3b {rule}" for rule in RULES]
+    assert [line.split(":")[0] for line in lines] == [f"{arch} P3b {rule}" for arch in ARCHITECTURES for rule in RULES]
     states = found("P3b", "deferring").states
     assert (
-        "P3b deferring: misread -; fault lost T7(2), T15(2); access lost T9f(3), T9(4); repeated -"
+        "x86 P3b deferring: misread -; fault lost T7(2), T15(2); access lost T9f(3), T9(4); repeated -"
         f" (all {states} states)" in lines
     )
 
 
 def test_depth(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = explore(capsys, "--policy", "P3b", "--rule", "deferring", "--depth", "3")
+    code, out, _ = explore(capsys, "--policy", "P3b", "--rule", "deferring", "--depth", "3", "--arch", "x86")
     assert code == 0 and "access lost T9f(3); repeated - (depth 3, " in out
 
 
@@ -71,15 +71,15 @@ def test_a_terminal_gets_tables() -> None:
     os.close(master)
     text = seen.decode()
     assert child.returncode == 0
-    assert [wanted.value for wanted in Property if re.search(rf"^{wanted.value} +qemu", text, re.MULTILINE)] == [
-        wanted.value for wanted in Property
-    ]
-    assert ENTRIES["T6"].title in text and "states, all there are" in text
+    for wanted in Property:
+        assert re.search(rf"^{wanted.value} +qemu", text, re.MULTILINE)
+        assert re.search(rf"^{wanted.value} +x86 +arm64 ", text, re.MULTILINE)
+    assert ENTRIES["T6"].title in text and "states: all there are" in text
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     require_soft()
-    code, out, _ = explore(capsys, "--policy", "P3a", "--rule", "two-threads", "--json", "--replay")
+    code, out, _ = explore(capsys, "--policy", "P3a", "--rule", "two-threads", "--arch", "x86", "--json", "--replay")
     assert code == 0
     result = json.loads(out)
     (played,) = result["games"]
@@ -183,14 +183,9 @@ def thread_tool() -> ModuleType:
 
 def test_the_page_is_what_the_searches_say(monkeypatch: pytest.MonkeyPatch) -> None:
     require_soft()
-    tool, there = thread_tool(), games("x86")
-
-    def replays(asked: object) -> Campaign:
-        return campaign() if asked is there else original(asked)
-
-    original = tool.replay_all
+    tool = thread_tool()
     monkeypatch.setattr(tool, "games", games)
-    monkeypatch.setattr(tool, "replay_all", replays)
+    monkeypatch.setattr(tool, "replay_all", lambda _: campaign())
     text = tool.FILE.read_text()
     assert tool.generated(text) == text, "run tools/gen_thread.py"
     shown = set(re.findall(r"<!-- explore: trace (\S+) -->", text))

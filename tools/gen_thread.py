@@ -2,8 +2,8 @@
 """Write the generated parts of docs/thread.md: tables and pictures of what `anykvm explore` finds.
 
 A part is between `<!-- explore: WHAT -->` and `<!-- end -->`. WHAT is `table PROPERTY`, `arch PROPERTY`, `trace NAME`,
-`policies`, `rules` or `replays`. With --check nothing is written, and the exit code says whether the file is as it
-would be.
+`policies`, `rules`, `replays` or `extent`. With --check nothing is written, and the exit code says whether the file is
+as it would be.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from anykvm.explorer import ARCHITECTURES, DEPTH, ENTRIES, POLICIES, RULES, Property, named, trace
+from anykvm.explorer import ARCHITECTURES, DEPTH, ENTRIES, POLICIES, RULES, Property, trace
 from anykvm.explorer.diagram import diagram
 from anykvm.explorer.replay import replay_all
 from anykvm.explorer.search import Found
-from anykvm.explorer.table import cell, searches
+from anykvm.explorer.table import architectures, grid, searches
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "thread.md"
 _PART = re.compile(r"(<!-- explore: (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -30,6 +30,11 @@ def games(arch: str) -> tuple[Found, ...]:
     return tuple(searches(ARCHITECTURES[arch], POLICIES.values(), list(RULES.values()), DEPTH))
 
 
+def everything() -> list[Found]:
+    """Those of every architecture."""
+    return [found for name in ARCHITECTURES for found in games(name)]
+
+
 def markdown(rows: Iterable[Sequence[str]]) -> str:
     """Give a table; the first row is its heading."""
     heading, *rest = [f"| {' | '.join(row)} |" for row in rows]
@@ -38,31 +43,12 @@ def markdown(rows: Iterable[Sequence[str]]) -> str:
 
 def table(wanted: str) -> str:
     """Policies by VMMs, on x86."""
-    rows: dict[str, list[str]] = {}
-    for found in games("x86"):
-        rows.setdefault(found.game.policy.name, [found.game.policy.name]).append(cell(found, Property(wanted)))
-    return markdown([["policy", *RULES], *rows.values()])
+    return markdown(grid(games("x86"), Property(wanted)))
 
 
 def arch(wanted: str) -> str:
     """Policies by architectures: what any VMM of the table meets there."""
-    rows = []
-    for policy in POLICIES:
-        row = [policy]
-        for name in ARCHITECTURES:
-            names = _names(found for found in games(name) if found.game.policy.name == policy)
-            row.append(", ".join(n for n in ENTRIES if (n, wanted) in names) or "-")
-        rows.append(row)
-    return markdown([["policy", *(", ".join(kind.members) for kind in ARCHITECTURES.values())], *rows])
-
-
-def _names(games: Iterable[Found]) -> set[tuple[str, str]]:
-    return {
-        (name, wanted.value)
-        for found in games
-        for wanted in Property
-        for name in re.findall(r"(\S+)\(", cell(found, wanted))
-    }
+    return markdown(architectures(everything(), Property(wanted)))
 
 
 def picture(name: str) -> str:
@@ -83,20 +69,25 @@ def rules(_: str) -> str:
 
 def replays(_: str) -> str:
     """What was performed on guests."""
-    campaign = replay_all(games("x86"))
+    campaign = replay_all(everything())
     rows = [["trace", "what goes wrong", "replayed as in the model"]]
     for name, entry in ENTRIES.items():
         done = campaign.replays.get(name, [])
         if done:
             said = f"{sum(one.agrees for _, one in done)} of {len(done)} different ones"
         else:
-            said = f"no: {campaign.refused.get(name) or _elsewhere(name)}"
+            said = f"no: {campaign.refused[name]}"
         rows.append([name, entry.title, said])
     return markdown(rows)
 
 
-def _elsewhere(name: str) -> str:
-    return replay_all(found for found in games(ENTRIES[name].arch) if name in named(found)).refused[name]
+def extent(_: str) -> str:
+    """How much was searched."""
+    found = everything()
+    assert all(one.complete for one in found)
+    longest = max(trace.length for one in found for trace in one.traces.values())
+    states = sum(one.states for one in found)
+    return f"{len(found)} searches saw {states} states. No trace needs more than {longest} moves.\n"
 
 
 PARTS: dict[str, Callable[[str], str]] = {
@@ -106,6 +97,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "policies": policies,
     "rules": rules,
     "replays": replays,
+    "extent": extent,
 }
 
 

@@ -50,7 +50,7 @@ def explore(
     ] = None,
     rule: Annotated[str | None, typer.Option(metavar="NAME", help=f"Only this VMM: {', '.join(RULES)}.")] = None,
     arch: Annotated[
-        str | None, typer.Option(metavar="NAME", help="x86 (the default), arm64, riscv, loongarch, ppc, mips, s390.")
+        str | None, typer.Option(metavar="NAME", help="Only x86, arm64, riscv, loongarch, ppc, mips or s390.")
     ] = None,
     depth: Annotated[int, typer.Option(min=1, max=_MAX_DEPTH, help="Moves that a trace may have.")] = DEPTH,
     replay: Annotated[bool, typer.Option("--replay", help="Also perform the traces on guests of soft.")] = False,
@@ -67,7 +67,8 @@ def explore(
         game = Game(POLICIES[policy or entry.policy], RULES[rule or entry.rule], kind or ARCHITECTURES[entry.arch])
         _show_trace(trace, game, depth, replay=replay, json=json)
         return
-    found = list(table.searches(kind or ARCHITECTURES["x86"], policies, rules, depth))
+    archs = list(ARCHITECTURES.values()) if kind is None else [kind]
+    found = [one for of in archs for one in table.searches(of, policies, rules, depth)]
     campaign = _replayed(found) if replay else None
     if json:
         print_json(_plain(found, campaign))
@@ -158,22 +159,32 @@ def _show_table(found: list[Found]) -> None:
         print("\n".join(table.line(one) for one in found))
         return
     console = Console(highlight=False)
+    archs = dict.fromkeys(one.game.arch for one in found)
+    first = [one for one in found if one.game.arch is next(iter(archs))]
+    console.print(f"[bold]{first[0].game.arch.name}[/], by VMM\n")
     for wanted in Property:
-        heading, *rows = table.grid(found, wanted)
-        shown = Table(box=None, header_style="bold", pad_edge=False)
-        for title in heading:
-            shown.add_column(title, overflow="fold")
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
-        console.print()
+        _show_grid(console, table.grid(first, wanted))
+    if len(archs) > 1:
+        console.print("[bold]by architecture[/], whatever the VMM\n")
+        for wanted in Property:
+            _show_grid(console, table.architectures(found, wanted))
     names = dict.fromkeys(name for one in found for name in named(one))
     for name, entry in ENTRIES.items():
         if name in names:
             console.print(f"{name:6} {entry.title}", markup=False)
     states = sum(one.states for one in found)
     whole = "all there are" if all(one.complete for one in found) else f"those within {found[0].depth} moves"
-    console.print(f"\n{found[0].game.arch.name}: {states} states, {whole}", markup=False)
+    console.print(f"\n{len(found)} searches, {states} states: {whole}", markup=False)
+
+
+def _show_grid(console: Console, rows: list[list[str]]) -> None:
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for title in rows[0]:
+        shown.add_column(title, overflow="fold")
+    for row in rows[1:]:
+        shown.add_row(*row)
+    console.print(shown)
+    console.print()
 
 
 def _show_campaign(campaign: Campaign) -> None:

@@ -88,9 +88,13 @@ class Profile:
     def memory_fault_valid(self, errno: int, exit_reason: int) -> bool:
         """Say whether this KVM's documents call ``memory_fault`` valid. ``errno`` is KVM_RUN's, 0 if it did not fail.
 
+        Without KVM_CAP_MEMORY_FAULT_INFO it never is.
+
         >>> LINUX_7_3.memory_fault_valid(4, 39), RESEARCH["any-errno"].memory_fault_valid(4, 39)
         (False, True)
         """
+        if self.capabilities.get(c.KVM_CAP_MEMORY_FAULT_INFO, 1) == 0:
+            return False
         if self.any_errno:
             return errno != 0 and exit_reason == c.KVM_EXIT_MEMORY_FAULT
         return memory_fault_valid(errno, exit_reason)
@@ -216,14 +220,15 @@ def profile(name: str | Profile) -> Profile:
 
     >>> profile("documented").annotate_unresolved, profile("linux-7.3").annotate_unresolved
     (True, False)
-    >>> profile("linux-2.6")
+    >>> profile("linux-2.6")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: no profile named 'linux-2.6'; there are documented, linux-7.3, linux-6.12
+    ValueError: no profile named 'linux-2.6'; there are documented, linux-7.3, linux-6.12; for research pre-6.8, ...
     """
     if isinstance(name, Profile):
         return name
     try:
         return PROFILES[name] if name in PROFILES else RESEARCH[name]
     except KeyError:
-        raise ValueError(f"no profile named {name!r}; there are {', '.join(PROFILES)}") from None
+        known = f"{', '.join(PROFILES)}; for research {', '.join(RESEARCH)}"
+        raise ValueError(f"no profile named {name!r}; there are {known}") from None
