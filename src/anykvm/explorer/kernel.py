@@ -98,9 +98,9 @@ def _complete(kernel: Kernel, call: Call, machine: Machine, steps: tuple[str, ..
     """S4 and S5, and the reset of exit_reason at S7."""
     policy, arch = machine.policy, machine.arch
     completion, answer_lost = kernel.completion, False
+    if redone(kernel, arch):
+        completion = Completion.NONE
     kernel = kernel._replace(completion=Completion.NONE)
-    if arch.selects is Selects.EXIT_REASON and kernel.reason is not Reason.MMIO:
-        completion = Completion.NONE  # and the guest stands where it stood
     if completion is Completion.FRAGMENT:
         kernel = kernel._replace(reason=Reason.MMIO, union=Union(write=True), completion=Completion.WRITE)
         yield Return(kernel, 0, (*steps, "S4: completed; its second half is an exit"), device=True)
@@ -118,6 +118,12 @@ def _complete(kernel: Kernel, call: Call, machine: Machine, steps: tuple[str, ..
         kernel, steps = _purge(kernel, "S7", steps)
     for ended in _loop(kernel, call, machine, steps, ()):
         yield ended._replace(answer_lost=answer_lost)
+
+
+def redone(kernel: Kernel, arch: Arch) -> bool:
+    """Say whether exit_reason hides a pending completion: the guest then stands before its device access as before."""
+    hidden = arch.selects is Selects.EXIT_REASON and kernel.reason is not Reason.MMIO
+    return hidden and kernel.insn in (Insn.READ, Insn.WRITE)
 
 
 def _loop(

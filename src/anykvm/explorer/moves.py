@@ -156,7 +156,8 @@ def _react(world: World, game: Game) -> Step:
     assert unread is not None
     seen = Seen(unread.errno, kernel.reason, kernel.union, vmm.deferred)
     decision = game.rule.decide(seen, game.policy)
-    violations = of_decision(vmm, unread, kernel.union, decision)
+    redone = k.redone(kernel, game.arch)
+    violations = of_decision(vmm, unread, kernel.union, decision, redone=redone)
     act = decision.act
     vmm = vmm._replace(unread=None, deferred=act is Act.DEFER, stopped=act is Act.STOP)
     if act is Act.RESOLVE:

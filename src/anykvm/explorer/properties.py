@@ -55,8 +55,11 @@ class Violation(NamedTuple):
     """The VMM had put the access off."""
 
 
-def of_decision(vmm: Vmm, unread: Unread, union: Union, decision: Decision) -> tuple[Violation, ...]:
-    """What a VMM's decision violates. ``union`` is what it saw in the page."""
+def of_decision(vmm: Vmm, unread: Unread, union: Union, decision: Decision, *, redone: bool) -> tuple[Violation, ...]:
+    """What a VMM's decision violates. ``union`` is what it saw in the page.
+
+    ``redone``: the guest will do its device access again, so that it is not lost; unless the VMM puts it off each time.
+    """
     found: list[Violation] = []
     act, page = decision
     errno, cause = unread.errno, unread.cause
@@ -72,7 +75,7 @@ def of_decision(vmm: Vmm, unread: Unread, union: Union, decision: Decision) -> t
             found.append(Violation(Property.MISREAD, Subject.EXIT, errno, cause, origin=union.origin))
         if vmm.access is Access.PERFORMED:
             found.append(Violation(Property.REPEATED, Subject.EXIT, errno, cause, origin=union.origin))
-    elif vmm.access is Access.REPORTED and act is not Act.DEFER:
+    elif vmm.access is Access.REPORTED and act is not Act.DEFER and (vmm.deferred or not redone):
         found.append(Violation(Property.ACCESS_LOST, Subject.EXIT, errno, erased=unread.erased, deferred=vmm.deferred))
     return tuple(found)
 
