@@ -210,7 +210,7 @@ def pre_fault(kernel: Kernel) -> Kernel:
 
 
 def refused_run(kernel: Kernel, policy: Policy) -> Kernel:
-    """KVM_RUN with an argument that is not 0: EINVAL at S0, behind the mutex and before P3b's reset."""
+    """KVM_RUN with an argument that is not 0: EINVAL at S0, after the mutex is taken and before P3b's reset."""
     if policy.purge is Purge.BEFORE_LOCK and not kernel.dead:
         return kernel._replace(reason=Reason.UNKNOWN)
     return kernel

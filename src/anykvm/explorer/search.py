@@ -80,7 +80,7 @@ def search(game: Game, depth: int = DEPTH) -> Found:
 
 
 def walks(game: Game, depth: int = DEPTH) -> Iterator[Walk]:
-    """Every move without a violation, behind a shortest walk to where it is made; ``depth`` moves at most."""
+    """Every move without a violation, after a shortest walk to where it is made; ``depth`` moves at most."""
     parents: _Parents = {World(): None}
     frontier, machine = [World()], game.machine
     for _ in range(depth):
