@@ -61,7 +61,7 @@ class Arch:
     immediate_exit_first: bool = False
     """immediate_exit ends KVM_RUN before anything else is done."""
     retires_at_exit: bool = True
-    """A device write is behind the guest when user space sees the exit (else: when it is completed)."""
+    """A device write has retired when user space sees the exit (else: when it is completed)."""
 
 
 _ALL: Final = (

@@ -175,17 +175,17 @@ def _execute(
 def _device(kernel: Kernel, insn: Insn, arch: Arch) -> Kernel:
     read = insn is Insn.READ
     if arch.selects is Selects.NOTHING:
-        completion, behind = Completion.NONE, True
+        completion, retired = Completion.NONE, True
     elif read:
-        completion, behind = Completion.READ, False
+        completion, retired = Completion.READ, False
     else:
         completion = Completion.FRAGMENT if insn is Insn.WRITE_ACROSS else Completion.WRITE
-        behind = arch.retires_at_exit
+        retired = arch.retires_at_exit
     return kernel._replace(
         reason=Reason.MMIO,
         union=Union(read=read, write=not read),
         completion=completion,
-        insn=None if behind else insn,
+        insn=None if retired else insn,
     )
 
 

@@ -10,7 +10,7 @@ from anykvm.explorer.state import Insn
 
 _INSNS: Final = {
     Insn.TOUCH_SWAPPED: "soft has no asynchronous page faults",
-    Insn.PUSH_ACROSS: "soft hands a device write out when the instruction is behind the guest, so it gives none up",
+    Insn.PUSH_ACROSS: "soft hands a device write out after its instruction has retired, so it gives none up",
     Insn.TOUCH_S: "soft has no SEV-ES guests",
 }
 _STEPS: Final = {
