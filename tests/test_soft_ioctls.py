@@ -15,6 +15,7 @@ from anykvm.backends.soft import PROFILES, Profile, SoftBackend
 from anykvm.backends.soft.capabilities import CAPABILITIES
 from anykvm.backends.soft.engine import library
 from anykvm.backends.soft.msrs import FEATURE_MSRS, MSRS_TO_SAVE
+from anykvm.backends.soft.profiles import RESEARCH
 from anykvm.backends.soft.system import _HANDLERS as SYSTEM
 from anykvm.backends.soft.vcpu_state import HANDLERS as VCPU
 from anykvm.backends.soft.vm import _HANDLERS as VM
@@ -289,9 +290,11 @@ PLAIN = Profile("plain", annotate_unresolved=False)
 def test_profiles() -> None:
     assert list(PROFILES) == ["documented", "linux-7.3", "linux-6.12"]
     every = {"annotate_unresolved", "init_after_shutdown", "map_writable", "purge"}
-    for profile in PROFILES.values():
+    for profile in (*PROFILES.values(), *RESEARCH.values()):
         own = {field.name for field in fields(profile) if getattr(profile, field.name) != getattr(PLAIN, field.name)}
         assert set(profile.cites) == every | own - {"name", "cites"}
+    assert [RESEARCH[name].memory_fault_valid(errno.EINTR, 39) for name in RESEARCH] == [False, True] + [False] * 4
+    assert RESEARCH["any-errno"].memory_fault_valid(0, 39) is False
     small = Profile("small", annotate_unresolved=False, capabilities={abi.KVM_CAP_NR_MEMSLOTS: 8})
     backend = SoftBackend(small)
     kvm = backend.open()

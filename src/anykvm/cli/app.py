@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import anykvm
-from anykvm.cli import caps, conformance, doctor, execute, explain, oracle, postcopy
+from anykvm.cli import caps, conformance, doctor, execute, explain, explore, oracle, postcopy
 from anykvm.cli.common import ExitCode, Fail
 from anykvm.vmm.interrupts import Terminated, TimeLimit, orderly
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("postcopy", help=postcopy.HELP)(postcopy.postcopy)
 app.command("exec", help=execute.HELP)(execute.execute)
 app.command("explain", help=explain.HELP)(explain.explain)
+app.command("explore", help=explore.HELP)(explore.explore)
 app.command("doctor", help=doctor.HELP)(doctor.doctor)
 app.command("caps", help=caps.HELP)(caps.caps)
 # No options behind the command that is run: those are its own.

@@ -15,7 +15,7 @@ import typer
 
 import anykvm
 from anykvm.backends import NAMES, Selection, select
-from anykvm.backends.soft.profiles import PROFILES
+from anykvm.backends.soft.profiles import PROFILES, RESEARCH
 
 
 class ExitCode(enum.IntEnum):
@@ -57,11 +57,12 @@ class Fail(Exception):
         self.code = code
 
 
+_KNOWN = f"{', '.join(PROFILES)}; for research {', '.join(RESEARCH)}"
 BackendOption = Annotated[
     str, typer.Option("--backend", metavar="|".join(NAMES), help="Whose KVM: the kernel's, or the one in user space.")
 ]
 ProfileOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help=f"Whose behaviour, with the soft backend: {', '.join(PROFILES)}.")
+    str | None, typer.Option(metavar="NAME", help=f"Whose behaviour, with the soft backend: {_KNOWN}.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
 

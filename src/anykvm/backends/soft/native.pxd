@@ -27,6 +27,7 @@ cdef extern from "engine.h" nogil:
         unsigned int has_sigmask
         unsigned int annotate_all
         unsigned int ran
+        unsigned int purge
         unsigned long long sync_supported
 
     enum:
@@ -62,6 +63,10 @@ cdef extern from "engine.h" nogil:
         AK_COMPLETE_MMIO_READ
         AK_COMPLETE_MMIO_WRITE
         AK_COMPLETE_HYPERCALL
+        AK_PURGE_BEFORE_LOCK
+        AK_PURGE_AFTER_LOCK
+        AK_PURGE_AFTER_COMPLETION
+        AK_PURGE_NEVER
 
     int ak_vcpu_dead(ak_vcpu *v)
     int ak_vcpu_lock(ak_vcpu *v)

@@ -55,6 +55,13 @@ KVM_INTERNAL_ERROR_DELIVERY_EV = abi.KVM_INTERNAL_ERROR_DELIVERY_EV
     AK_COMPLETE_MMIO_WRITE,
     AK_COMPLETE_HYPERCALL,
 ) = range(6)
+(
+    AK_PURGE_VCPU_RUN,
+    AK_PURGE_BEFORE_LOCK,
+    AK_PURGE_AFTER_LOCK,
+    AK_PURGE_AFTER_COMPLETION,
+    AK_PURGE_NEVER,
+) = range(5)
 
 
 class Exit(ctypes.Structure):
@@ -92,6 +99,7 @@ class Vcpu(ctypes.Structure):
         ("has_sigmask", ctypes.c_uint32),
         ("annotate_all", ctypes.c_uint32),
         ("ran", ctypes.c_uint32),
+        ("purge", ctypes.c_uint32),
         ("sync_supported", ctypes.c_uint64),
         ("mp_state", ctypes.c_uint32),
     ]

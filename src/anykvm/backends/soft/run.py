@@ -32,12 +32,14 @@ def kvm_vcpu_ioctl_run(vcpu: native.vcpu_p, arg: cython.int) -> cython.int:
     r: cython.int = native.ak_vcpu_dead(vcpu)
     if r:
         return r  # row 1: another mm, or the VM is dead: EIO; kvm_run is not touched
+    purge(vcpu, native.AK_PURGE_BEFORE_LOCK)
     native.ak_vcpu_lock(vcpu)  # row 4: vcpu->mutex
     if arg:
         r = -native.EINVAL  # row 5
     else:
         # immediate_exit is read once, here: user space may write the page at any time
         wants_to_run: cython.bint = not vcpu.run.immediate_exit
+        purge(vcpu, native.AK_PURGE_AFTER_LOCK)
         r = kvm_arch_vcpu_ioctl_run(vcpu, wants_to_run)
     native.ak_vcpu_unlock(vcpu)
     return r
@@ -50,6 +52,8 @@ def kvm_arch_vcpu_ioctl_run(vcpu: native.vcpu_p, wants_to_run: cython.bint) -> c
     r: cython.int = prepare(vcpu)
     if r > 0 and vcpu.completion:
         r = complete_userspace_io(vcpu)  # rows 15, 16: before immediate_exit is looked at
+    if r > 0:
+        purge(vcpu, native.AK_PURGE_AFTER_COMPLETION)
     if r > 0 and not wants_to_run:
         r = -native.EINTR  # row 17: exit_reason and its payload survive
     if r > 0:
@@ -61,6 +65,12 @@ def kvm_arch_vcpu_ioctl_run(vcpu: native.vcpu_p, wants_to_run: cython.bint) -> c
     native.ak_post_kvm_run_save(vcpu)
     native.ak_signals_leave(vcpu)
     return r
+
+
+def purge(vcpu: native.vcpu_p, point: cython.uint) -> cython.void:
+    """Reset exit_reason ahead of vcpu_run(), if the profile's KVM does so at this point; mainline does it at none."""
+    if vcpu.purge == point:
+        vcpu.run.exit_reason = native.KVM_EXIT_UNKNOWN
 
 
 def prepare(vcpu: native.vcpu_p) -> cython.int:
@@ -101,7 +111,8 @@ def complete_userspace_io(vcpu: native.vcpu_p) -> cython.int:
 
 def vcpu_run(vcpu: native.vcpu_p) -> cython.int:
     """x86.c:vcpu_run(): the loop around the guest."""
-    vcpu.run.exit_reason = native.KVM_EXIT_UNKNOWN  # here, and no earlier: rows up to 17 keep the old reason
+    if vcpu.purge != native.AK_PURGE_NEVER:
+        vcpu.run.exit_reason = native.KVM_EXIT_UNKNOWN  # here, and no earlier: rows up to 17 keep the old reason
     if native.ak_dirty_ring_full(vcpu):
         return dirty_ring_full(vcpu)  # before a signal is looked for
     if vcpu.has_sigmask and native.ak_signal_pending(vcpu):

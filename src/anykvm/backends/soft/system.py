@@ -53,7 +53,8 @@ def _get_vcpu_mmap_size(file: SystemFile, arg: int) -> int:
 
 
 def _create_vm(file: SystemFile, arg: int) -> int:
-    if arg not in (c.KVM_X86_DEFAULT_VM, c.KVM_X86_SW_PROTECTED_VM):  # kvm_arch_init_vm()
+    types = check_extension(file.profile, c.KVM_CAP_VM_TYPES) or 1 << c.KVM_X86_DEFAULT_VM
+    if arg not in (c.KVM_X86_DEFAULT_VM, c.KVM_X86_SW_PROTECTED_VM) or not types >> arg & 1:  # kvm_arch_init_vm()
         raise Refused(errno.EINVAL, f"VM type {arg} is not offered (KVM_CAP_VM_TYPES)")
     return create_vm(file.profile, arg)
 

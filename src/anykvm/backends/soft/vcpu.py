@@ -11,7 +11,7 @@ from anykvm.backends.soft.dirty import ENTRY_SIZE, RING_OFFSET
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
-from anykvm.backends.soft.profiles import Profile
+from anykvm.backends.soft.profiles import Profile, Purge
 from anykvm.backends.soft.vcpu_state import HANDLERS, MAX_IO_MSRS
 from anykvm.host.libc import map_shared, munmap
 
@@ -70,7 +70,7 @@ class VcpuFile(int, File):
         """
         self.vm.check_alive()
         handler = HANDLERS.get(request)
-        if handler is None:
+        if handler is None or request in self.vm.profile.absent_ioctls:
             what = "not an ioctl of a vCPU, or not offered" if request >> 8 & 0xFF == _KVMIO else "not an ioctl of KVM"
             raise Refused(errno.EINVAL, what)
         return handler(self, arg)
@@ -113,7 +113,8 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
         result = library().ak_vcpu_create(vm_address, vcpu_id, pages, byref(created))
         if result:
             raise Refused(-result, "no memory for a vCPU")
-        library().ak_vcpu_configure(created, profile.annotate_unresolved, _behaviour(profile), bsp)
+        purge = list(Purge).index(profile.purge)
+        library().ak_vcpu_configure(created, profile.annotate_unresolved, _behaviour(profile), purge, bsp)
         if ring_size:
             library().ak_dirty_ring_setup(created, ring, ring_size // ENTRY_SIZE)
         return fd, Vcpu(created.value, vcpu_id, pages, ring, ring_size)

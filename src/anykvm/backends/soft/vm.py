@@ -110,7 +110,7 @@ class VmFile(File):
         """Do a VM ioctl. Refused: EIO as ``Vm.check_alive``; ENOTTY for one a VM does not have; as each says."""
         self.vm.check_alive()
         handler = _HANDLERS.get(request)
-        if handler is None:
+        if handler is None or request in self.vm.profile.absent_ioctls:
             raise Refused(errno.ENOTTY, "not an ioctl of a VM, or not offered")
         with self.vm.lock:
             return handler(self.vm, arg)

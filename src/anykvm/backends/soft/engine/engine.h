@@ -195,6 +195,10 @@ enum ak_behaviour {
     AK_HYPERCALL_6_12 = 32,      /* kvm_run.hypercall.ret is not written; a 32-bit call's RAX counts with 64 bits */
 };
 
+/* Where run.py resets exit_reason: mainline's point, or a research profile's additional one. */
+enum ak_purge { AK_PURGE_VCPU_RUN = 0, AK_PURGE_BEFORE_LOCK, AK_PURGE_AFTER_LOCK, AK_PURGE_AFTER_COMPLETION,
+                AK_PURGE_NEVER };
+
 /* What run.py completes at the next KVM_RUN (vcpu->arch.complete_userspace_io) */
 enum ak_completion { AK_COMPLETE_NONE = 0, AK_COMPLETE_PIO, AK_COMPLETE_STRING_IN, AK_COMPLETE_MMIO_READ, AK_COMPLETE_MMIO_WRITE,
                      AK_COMPLETE_HYPERCALL };
@@ -224,6 +228,7 @@ struct ak_vcpu {
     u32 has_sigmask;          /* KVM_SET_SIGNAL_MASK is in force */
     u32 annotate_all;         /* profile: a bare -EFAULT is annotated, as api.rst says */
     u32 ran;                  /* KVM_RUN reached the guest once: CPUID is final */
+    u32 purge;                /* profile: enum ak_purge */
     u64 sync_supported;       /* KVM_CAP_SYNC_REGS: register sets */
     u32 mp_state;
     /* -- the engine's side --------------------------------------------------------------------------------- */

@@ -81,7 +81,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_vcpu_create": (_int, (_address, _u32, _address, ctypes.POINTER(_address))),
     "ak_ticker_start": (_int, ()),
     "ak_vcpu_destroy": (None, (_address,)),
-    "ak_vcpu_configure": (None, (_address, _u32, _u32, _u32)),
+    "ak_vcpu_configure": (None, (_address, _u32, _u32, _u32, _u32)),
     "ak_dirty_ring_setup": (None, (_address, _address, _u32)),
     "ak_vcpu_ioctl": (_int, (_address, _u32, _pointer)),
 }
