@@ -20,7 +20,7 @@ from anykvm.layers.annotate import Access, decode, implicit, tables
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.memory import GuestPhysical
 from anykvm.layers.annotate.operand import Operand, Unknown
-from machine import assemble
+from anykvm.testing.assembler import assemble
 
 _ROOM = 32
 _BEHIND = b"\x01" + bytes(12)

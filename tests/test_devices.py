@@ -14,7 +14,8 @@ import pytest
 import anykvm
 from anykvm import Hlt, Io, MemoryFault, Mmio
 from anykvm.backends.soft import DeviceMapping, PciBar, SgxVepc
-from machine import CODE, Machine, assemble
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, Machine
 
 PAGE = 4096
 HIGH = 0x800000  # guest-physical address of the device

@@ -18,7 +18,7 @@ import anykvm
 from anykvm import DirtyPage, DirtyRing, DirtyRingFull, GuestMemory, Hlt, Intr, Io, Mmio, Vcpu, abi
 from anykvm.abi import KVM_MEM_LOG_DIRTY_PAGES as LOG
 from anykvm.backends.soft import PROFILES
-from machine import CODE, DATA, PML4, Machine
+from anykvm.testing.machine import CODE, DATA, PML4, Machine
 from soft_helpers import refused
 from test_dirty_log import HIGH, PAGE, STOP, WRITER, Checker, stress
 from test_smp import second

@@ -10,8 +10,8 @@ import pytest
 
 import anykvm
 from anykvm import Hlt, Hypercall, InternalError, Intr, Io, Mmio, abi
-from machine import CODE, DATA, STACK, Machine
-from private_guest import PAGE, private_guest
+from anykvm.testing.machine import CODE, DATA, STACK, Machine
+from anykvm.testing.private import PAGE, private_guest
 from soft_helpers import refused
 
 DEVICE = 0x30000000

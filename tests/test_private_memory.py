@@ -16,8 +16,8 @@ import anykvm
 from anykvm import Hlt, Mmio, abi
 from anykvm.backends.soft import SoftBackend, poison, unpoison
 from anykvm.backends.soft.guest_memfd import fail_page
-from machine import CODE, DATA, PML4
-from private_guest import ALIAS, AREA, BIT, FLAG, PAGE, PRIVATE, SIZE, PrivateGuest, private_guest
+from anykvm.testing.machine import CODE, DATA, PML4
+from anykvm.testing.private import ALIAS, AREA, BIT, FLAG, PAGE, PRIVATE, SIZE, PrivateGuest, private_guest
 from soft_helpers import refused
 
 FAULT = abi.KVM_EXIT_MEMORY_FAULT

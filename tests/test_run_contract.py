@@ -14,7 +14,8 @@ import anykvm
 from anykvm import Hlt, InternalError, Intr, Io, IrqWindowOpen, MemoryFault, Mmio, SetTpr, Shutdown, abi
 from anykvm.backends import soft
 from anykvm.backends.soft import PROFILES
-from machine import CODE, DATA, Machine, assemble
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, DATA, Machine
 
 RUN = abi.KVM_RUN
 DEVICE = 0x1000000  # no memslot there
