@@ -384,7 +384,7 @@ def test_bar_switched_off_under_a_running_guest(machine: Machine) -> None:
         machine.long_mode(f"mov ${HIGH}, %esi; 1: inc %rax; mov %rax, (%rsi); jmp 1b")
         for _ in range(5):
             exits: list[object] = []
-            thread = threading.Thread(target=lambda found=exits: found.append(machine.vcpu.run()))  # type: ignore[misc]
+            thread = threading.Thread(target=lambda found=exits: found.append(machine.vcpu.run()))
             before = bar.registers[0:8]
             thread.start()
             while bar.registers[0:8] == before:

@@ -217,7 +217,10 @@ def test_conversion_under_a_running_guest(guest: PrivateGuest) -> None:
     )
     guest.private()
     view = guest.memory.view
-    word = lambda at: int.from_bytes(view[at : at + 8], "little")  # noqa: E731
+
+    def word(at: int) -> int:
+        return int.from_bytes(view[at : at + 8], "little")
+
     exits: list[object] = []
     thread = threading.Thread(target=lambda: exits.append(guest.vcpu.run()))
     thread.start()

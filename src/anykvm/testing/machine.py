@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 from types import TracebackType
+from typing import Self
 
 from anykvm.abi.structures import kvm_segment, kvm_sregs
 from anykvm.api import GuestMemory, Hlt, Io, Kvm, Vcpu, Vm
@@ -75,7 +76,7 @@ class Machine:
         """Make the VM. A subclass may set it up here, before it has a slot or a vCPU."""
         return kvm.create_vm(type)
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Self:
         """Close it at the end."""
         return self
 
