@@ -13,7 +13,7 @@ from anykvm.abi import KVM_CAP_GUEST_MEMFD_FLAGS
 from anykvm.backends import Backend, Probe, probe_device, probe_soft, soft_backend
 from anykvm.backends.device import DeviceBackend
 from anykvm.backends.soft.profiles import PROFILES
-from machine import Machine
+from anykvm.testing.machine import Machine
 
 _PROBES: dict[str, Probe] = {}
 

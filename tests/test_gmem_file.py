@@ -16,7 +16,7 @@ import pytest
 from anykvm import Hlt, abi
 from anykvm.backends.soft import SoftBackend
 from anykvm.host import libc
-from private_guest import PAGE, SIZE, PrivateGuest, private_guest
+from anykvm.testing.private import PAGE, SIZE, PrivateGuest, private_guest
 from soft_helpers import refused
 
 MMAP, INIT_SHARED = abi.GUEST_MEMFD_FLAG_MMAP, abi.GUEST_MEMFD_FLAG_INIT_SHARED

@@ -13,7 +13,8 @@ import pytest
 
 import anykvm
 from anykvm import GuestMemory, Hlt, Vcpu, Vm
-from machine import CODE, PML4, Machine, assemble, segment
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, PML4, Machine, segment
 
 MIB = 1 << 20
 BOUND = 66 * MIB

@@ -15,7 +15,7 @@ import anykvm
 from anykvm import GuestMemory, Hlt, InternalError, Kvm, Vm, abi
 from anykvm.backends.soft import SoftBackend
 from anykvm.backends.soft.engine.library import library
-from machine import assemble
+from anykvm.testing.assembler import assemble
 
 _testcapi = pytest.importorskip("_testcapi", reason="NOT TESTED: this Python cannot make its own allocations fail")
 PAGE = 4096

@@ -16,7 +16,8 @@ from anykvm.backends import soft
 from anykvm.backends.soft import PROFILES
 from anykvm.backends.soft.files import FILES
 from anykvm.backends.soft.vm import VmFile
-from machine import CODE, DATA, Machine, assemble
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, DATA, Machine
 
 RUN = abi.KVM_RUN
 DEVICE = 0x1000000  # no memslot there

@@ -19,8 +19,8 @@ from anykvm.conformance.sequences.disagreement import Disagreement, disagreement
 from anykvm.conformance.sequences.guest_programs import GROUPS, MODES
 from anykvm.conformance.sequences.perform import OPS
 from anykvm.conformance.sequences.shorten import shorten
+from anykvm.testing.assembler import assemble
 from conftest import probe
-from machine import assemble
 from vmm_helpers import anykvm, assert_one_line
 
 EVERY: Final = 1 if os.environ.get("ANYKVM_RANDOM") == "1" else 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -115,7 +115,7 @@ def test_capabilities(guest: Guest) -> None:
         assert backend.ioctl(guest.kvm, abi.KVM_CHECK_EXTENSION, absent) == 0
 
 
-OFFERED = {
+OFFERED: dict[int, list[tuple[Mapping[int, object], int]]] = {
     # capability -> requests that must exist (on the file that has them) when it is offered, and must not when it is not
     abi.KVM_CAP_USER_MEMORY: [(VM, abi.KVM_SET_USER_MEMORY_REGION)],
     abi.KVM_CAP_USER_MEMORY2: [(VM, abi.KVM_SET_USER_MEMORY_REGION2)],

@@ -16,8 +16,8 @@ from anykvm.conformance import uffd
 from anykvm.conformance.host import Host, anonymous
 from anykvm.conformance.uffd import ANSWER, Userfaultfd
 from anykvm.host import libc
-from machine import CODE, DATA, Machine
-from private_guest import SIZE, private_guest
+from anykvm.testing.machine import CODE, DATA, Machine
+from anykvm.testing.private import SIZE, private_guest
 
 PAGE = 4096
 HIGH = 0x800000

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 from anykvm.abi import constants as c
 from anykvm.abi.ioctls import KVM_RUN
 from anykvm.abi.structures import kvm_run
-from anykvm.api.decode import DECODERS, REASON_AND_IO, decode_failure, decode_fault, decode_unknown
 from anykvm.api.exits import Exit, Io
+from anykvm.api.exits.decode import DECODERS, REASON_AND_IO, decode_failure, decode_fault, decode_unknown
 from anykvm.api.handle import explain
 from anykvm.api.pages import map_pages
 from anykvm.api.vcpu_events import VcpuEvents

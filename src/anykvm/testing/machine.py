@@ -1,39 +1,29 @@
-"""A long-mode machine for tests: GDT with user segments, TSS, IDT whose handlers report, and an assembler.
+"""A guest to try things in: 64-bit mode, page tables, a GDT with user segments, a TSS, an IDT whose handlers report.
 
-Every handler sends its vector to port 0x80, the error code (if there is one) and CR2 to port 0x81 as 32-bit halves,
-and halts: `Machine.trap()` reads that back. Guest code is assembled by GNU as, which comes with the compiler.
+Each handler sends its vector to port 0x80. It sends the error code (0 where there is none), CR2 and RIP to port 0x81,
+as 32-bit halves. Then it halts. ``Machine.trap`` reads that back.
 """
 
 from __future__ import annotations
 
 import functools
 import struct
-import subprocess
-import tempfile
-from pathlib import Path
 from types import TracebackType
+from typing import Self
 
-from anykvm import GuestMemory, Hlt, Io, Kvm, Vcpu, Vm
 from anykvm.abi.structures import kvm_segment, kvm_sregs
+from anykvm.api import GuestMemory, Hlt, Io, Kvm, Vcpu, Vm
+from anykvm.testing.assembler import assemble
+from anykvm.vmm.modes import flat_segment
 
+#: Guest-physical and linear addresses of what the guest has.
 CODE, STACK, DATA = 0x1000, 0x70000, 0x60000
 GDT, IDT, TSS, HANDLERS, PML4 = 0x4000, 0x5000, 0x6000, 0x20000, 0x10000
 IST1, RSP0 = 0x84000, 0x80000
+#: Selectors.
 KERNEL_CS, KERNEL_DS, USER_DS, USER_CS, TSS_SEL = 0x08, 0x10, 0x1B, 0x23, 0x28
 WITH_ERROR = {8, 10, 11, 12, 13, 14, 17}
 PORT_VECTOR, PORT_DETAIL = 0x80, 0x81
-
-
-@functools.cache
-def assemble(source: str, org: int = CODE, bits: int = 64) -> bytes:
-    """Assemble AT&T source at an address."""
-    with tempfile.TemporaryDirectory() as folder:
-        at = Path(folder)
-        (at / "a.s").write_text(f".code{bits}\n.globl _start\n_start:\n{source}\n")
-        subprocess.run(["as", "--64", "-o", at / "a.o", at / "a.s"], check=True, capture_output=True)
-        link = ["ld", "-Ttext", hex(org), "--oformat", "binary", "-o", at / "a.bin", at / "a.o"]
-        subprocess.run(link, check=True, capture_output=True)
-        return (at / "a.bin").read_bytes()
 
 
 @functools.cache
@@ -51,19 +41,29 @@ def _handler(vector: int) -> bytes:
 
 
 class Trap:
-    """What a handler reported."""
+    """What a handler reported: vector, error code, CR2, and the RIP it was entered with."""
 
     def __init__(self, vector: int, error: int, cr2: int, rip: int) -> None:
+        """Make one."""
         self.vector, self.error, self.cr2, self.rip = vector, error, cr2, rip
 
     def __repr__(self) -> str:
+        """Show the fields."""
         return f"Trap(vector={self.vector}, error={self.error:#x}, cr2={self.cr2:#x}, rip={self.rip:#x})"
 
 
 class Machine:
-    """One vCPU in 64-bit mode over `size` bytes of memory at gpa 0, mapped one to one by 2 MiB pages."""
+    """One vCPU in 64-bit mode over ``size`` bytes of memory at gpa 0, mapped one to one by 2 MiB pages.
+
+    >>> import anykvm
+    >>> with anykvm.open("soft") as kvm, Machine(kvm) as m:
+    ...     m.long_mode("mov 0x800000, %al")  # a page that no memslot has, so a device's
+    ...     m.vcpu.run()
+    Mmio(phys_addr=0x800000, data=b'', len=1, is_write=False)
+    """
 
     def __init__(self, kvm: Kvm, size: int = 4 << 20, type: int = 0) -> None:
+        """Make the VM (of KVM_X86_*_VM ``type``), its memory and its vCPU. Raises OSError as KVM refuses."""
         self.kvm = kvm
         self.memory = GuestMemory(size)
         self.vm: Vm = self.create_vm(kvm, type)
@@ -73,22 +73,25 @@ class Machine:
         self.extra: list[Vcpu] = []
 
     def create_vm(self, kvm: Kvm, type: int) -> Vm:
-        """Before it has a slot or a vCPU."""
+        """Make the VM. A subclass may set it up here, before it has a slot or a vCPU."""
         return kvm.create_vm(type)
 
-    def __enter__(self) -> Machine:
+    def __enter__(self) -> Self:
+        """Close it at the end."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        """Close the VM and its memory."""
         self.vm.close()
         self.memory.close()
 
     def quads(self, at: int, *values: int) -> None:
+        """Write 64-bit values into guest memory."""
         self.memory.write(at, struct.pack(f"<{len(values)}Q", *values))
 
     def long_mode(self, source: str, cpl: int = 0, rflags: int = 2, cr0: int = 0x80010033) -> None:
-        """Load assembled source at CODE and stand there in ring `cpl`."""
-        self.memory.write(CODE, assemble(source))
+        """Load assembled ``source`` at ``CODE`` and stand there in ring ``cpl``, with all tables made anew."""
+        self.memory.write(CODE, assemble(source, CODE))
         self._tables()
         sregs = self.vcpu.get_sregs()
         self._segments(sregs, cpl)
@@ -111,6 +114,7 @@ class Machine:
                 self.memory.write(HANDLERS + vector * 64, _handler(vector))
 
     def gate(self, vector: int, target: int | None = None, dpl: int = 3, ist: int = 0) -> None:
+        """Point a vector at ``target``, or at its reporting handler."""
         at = HANDLERS + (vector % 32) * 64 if target is None else target
         low = (at & 0xFFFF) | KERNEL_CS << 16 | ist << 32 | (0x8E | dpl << 5) << 40 | (at >> 16 & 0xFFFF) << 48
         self.quads(IDT + 16 * vector, low, at >> 32)
@@ -125,26 +129,28 @@ class Machine:
         sregs.idt.base, sregs.idt.limit = IDT, 0xFFF
 
     def set_regs(self, **values: int) -> None:
+        """Change some general registers."""
         regs = self.vcpu.get_regs()
         for name, value in values.items():
             setattr(regs, name, value)
         self.vcpu.set_regs(regs)
 
     def run_to_halt(self) -> None:
+        """Run to the next HLT. Raises AssertionError for another exit."""
         exit = self.vcpu.run()
-        assert exit == Hlt(), exit
+        if exit != Hlt():
+            raise AssertionError(exit)
 
     def trap(self) -> Trap:
-        """Run into an exception and read the handler's report."""
+        """Run into an exception and read the handler's report. Raises AssertionError for an exit that is none of it."""
         values = []
         while isinstance(exit := self.vcpu.run(), Io):
             values.append(int.from_bytes(exit.data, "little"))
-        assert exit == Hlt() and len(values) == 6, (exit, values, hex(self.vcpu.get_regs().rip))
+        if exit != Hlt() or len(values) != 6:
+            raise AssertionError((exit, values, hex(self.vcpu.get_regs().rip)))
         return Trap(values[0], values[1], values[2] | values[3] << 32, values[4] | values[5] << 32)
 
 
 def segment(selector: int, type: int, dpl: int, long: int = 0) -> kvm_segment:
-    """A flat segment."""
-    return kvm_segment(
-        base=0, limit=0xFFFFFFFF, selector=selector, type=type, present=1, dpl=dpl, db=1 - long, s=1, l=long, g=1
-    )
+    """Make a flat segment; ``type`` is the descriptor's (11: code, 3: data)."""
+    return flat_segment(selector, type, dpl=dpl, long=bool(long))
