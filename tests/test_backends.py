@@ -60,11 +60,11 @@ def test_backends_fit_the_protocol(backend: anykvm.Backend) -> None:
 def test_auto_takes_the_device_only_if_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = DeviceBackend("/nonexistent")
     monkeypatch.setattr(backends, "soft_backend", lambda profile=None: chosen)
-    monkeypatch.setattr(backends, "probe_device", lambda: Probe("device", False, "self-test failed: x"))
+    monkeypatch.setattr(backends, "_probed", lambda: Probe("device", False, "self-test failed: x"))
     selection = backends.select("auto")
     assert selection.backend is chosen
     assert selection.reason == "device: self-test failed: x"
-    monkeypatch.setattr(backends, "probe_device", lambda: Probe("device", True, "/dev/kvm runs guests"))
+    monkeypatch.setattr(backends, "_probed", lambda: Probe("device", True, "/dev/kvm runs guests"))
     assert isinstance(backends.select("auto").backend, DeviceBackend)
     assert backends.select("auto", "linux-7.3").backend is chosen  # only soft has profiles
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import logging
+from typing import Final, NamedTuple
 
 from anykvm.backends.base import Backend as Backend
 from anykvm.backends.device import DeviceBackend as DeviceBackend
@@ -12,6 +14,8 @@ from anykvm.backends.probe import probe_soft as probe_soft
 
 NAMES = ("auto", "soft", "device")
 """What ``backend(name)`` accepts."""
+
+_LOG: Final = logging.getLogger("anykvm")
 
 
 class Selection(NamedTuple):
@@ -38,8 +42,9 @@ def soft_backend(profile: str | None = None) -> Backend:
 def select(name: str = "auto", profile: str | None = None) -> Selection:
     """Choose a backend and say why.
 
-    ``auto`` takes the kernel's KVM if it passes the self-test, else the soft backend. A profile other than ``kernel``
-    is something only the soft backend has, so with one ``auto`` means soft.
+    ``auto`` takes the kernel's KVM if it passes the self-test, else the soft backend. The kernel's KVM is tried once a
+    process, by a child (``anykvm.backends.child``). A profile other than ``kernel`` is something only the soft backend
+    has, so with one ``auto`` means soft.
     Raises ValueError for an unknown name or a profile the backend cannot have; ImportError as ``soft_backend``.
     """
     if name not in NAMES:
@@ -52,14 +57,35 @@ def select(name: str = "auto", profile: str | None = None) -> Selection:
         return Selection(soft_backend(profile), "asked for", ())
     if profile is not None:
         return Selection(soft_backend(profile), f"profile {profile} exists only in the soft backend", ())
-    probe = probe_device()
+    probe = _probed()
     if probe.usable:
         return Selection(DeviceBackend(), probe.reason, (probe,))
     return Selection(soft_backend(), f"device: {probe.reason}", (probe,))
 
 
+_tried: list[Probe] = []
+
+
+def _probed() -> Probe:
+    """Try the kernel's KVM, once a process. Until it came to that (no file, no process for it), ask again."""
+    if not _tried:
+        probe = probe_device()
+        if not probe.tried:
+            return probe
+        _tried.append(probe)
+    return _tried[0]
+
+
+@functools.cache
+def _announce(line: str) -> None:
+    _LOG.warning(line)
+
+
 def backend(name: str = "auto", profile: str | None = None) -> Backend:
     """Make a backend by name: ``auto``, ``soft`` or ``device``; ``profile`` as in ``select``.
+
+    What ``auto`` took is said once a process, with the reason, as a warning of the logger ``anykvm``: on stderr, unless
+    the program has set up logging otherwise. Whoever names the backend is told nothing.
 
     >>> backend("device").profile
     'kernel'
@@ -68,4 +94,7 @@ def backend(name: str = "auto", profile: str | None = None) -> Backend:
     ...
     ValueError: no backend named 'xen'; there are auto, soft, device
     """
-    return select(name, profile).backend
+    selection = select(name, profile)
+    if selection.probes:
+        _announce(f"anykvm: backend {selection.backend.name} ({selection.reason})")
+    return selection.backend

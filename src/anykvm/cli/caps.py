@@ -10,7 +10,7 @@ from rich.table import Table
 
 import anykvm
 from anykvm.abi.names import CAP_NAMES
-from anykvm.backends import soft_backend
+from anykvm.backends import probe_device, soft_backend
 from anykvm.backends.device import DeviceBackend
 from anykvm.backends.soft.profiles import PROFILES
 from anykvm.cli.common import ExitCode, JsonOption, print_json
@@ -44,6 +44,9 @@ def caps(
 
 
 def _ask(name: str, profile: str) -> Column:
+    # Asked in this process only once a child has tried it: some kernels kill or hang their caller.
+    if name == "device" and not (probe := probe_device()).usable:
+        return Column(name, profile, {}, probe.reason)
     try:
         backend = DeviceBackend() if name == "device" else soft_backend(profile)
         with anykvm.open(backend) as kvm:

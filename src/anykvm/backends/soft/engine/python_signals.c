@@ -15,6 +15,8 @@ static struct {
     void (*set_interrupt)(void);
 } python;
 
+/* The functions are looked up by name: Python may be in the program, in a library, or loaded later than this library. An
+ * entry of the program's own (originals.c) will do, they are only called. */
 static void __attribute__((constructor)) find_python(void)
 {
     python.ensure = dlsym(RTLD_DEFAULT, "PyGILState_Ensure");
@@ -29,6 +31,8 @@ bool ak_python_interrupted(struct ak_vcpu *v)
     if (__builtin_expect(v->ticks - v->ticks_asked < TICKS, 1))
         return false;
     v->ticks_asked = v->ticks;
+    if (!python.ensure)
+        find_python();
     if (v->tid != getpid() || !python.ensure || !python.release || !python.interrupt_occurred || !python.set_interrupt)
         return false;
     int state = python.ensure();
