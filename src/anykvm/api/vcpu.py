@@ -58,7 +58,7 @@ class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
         try:
             self._pages: ctypes.Array[ctypes.c_uint8] | None = map_pages(self._backend, fd, mmap_size)
         except OSError:
-            self.close()
+            self._close()
             raise
         self._page = memoryview(self._pages).cast("B")
 

@@ -12,6 +12,7 @@ from anykvm.abi.constants import KVM_EXIT_MEMORY_FAULT
 from anykvm.abi.structures import kvm_run, kvm_userspace_memory_region, kvm_userspace_memory_region2
 from anykvm.abi.validity import memory_fault_valid
 from anykvm.backends.base import Backend
+from anykvm.host.atomic import atomically_or_here
 from anykvm.layers.annotate.cause import Cause
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.finder import Finder
@@ -71,7 +72,7 @@ class Annotate:
         self.inner = inner
         self.mode = mode
         self._inner_ioctl = inner.ioctl
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # taken on workers only: see anykvm.host.atomic
         self._vms: dict[int, _Vm] = {}
         self._vcpus: dict[int, _Vcpu] = {}
 
@@ -101,7 +102,7 @@ class Annotate:
             except OSError as error:
                 if error.errno != _EFAULT:
                     raise
-                cause = self._explain(fd)
+                cause = atomically_or_here(self._explain, fd)
                 if cause is None:
                     if unexplained := self.last_unexplained(fd):
                         error.add_note(f"annotate: {unexplained}")
@@ -109,9 +110,13 @@ class Annotate:
                 explained = UnresolvedAccess(_EFAULT, f"KVM_RUN: {cause.reason}")
                 explained.cause = cause
                 raise explained from None
-        result = self._inner_ioctl(fd, request, arg)
         if request in _LEARNED:
-            self._learn(fd, request, arg, result)
+            return atomically_or_here(self._do_and_learn, fd, request, arg)
+        return self._inner_ioctl(fd, request, arg)
+
+    def _do_and_learn(self, fd: int, request: int, arg: int) -> int:
+        result = self._inner_ioctl(fd, request, arg)
+        self._learn(fd, request, arg, result)
         return result
 
     def mmap(self, fd: int, length: int, offset: int) -> int:
@@ -124,6 +129,9 @@ class Annotate:
 
     def close(self, fd: int) -> None:
         """Forward, and forget the descriptor; see ``Backend.close``."""
+        atomically_or_here(self._close, fd)
+
+    def _close(self, fd: int) -> None:
         with self._lock:
             self._vms.pop(fd, None)
             vcpu = self._vcpus.pop(fd, None)
@@ -147,7 +155,7 @@ class Annotate:
         OSError if the vCPU cannot be asked for its registers.
         """
         vcpu = self._vcpus.get(fd)
-        return None if vcpu is None else self._find(fd, vcpu)
+        return None if vcpu is None else atomically_or_here(self._find, fd, vcpu)
 
     def _learn(self, fd: int, request: int, arg: int, result: int) -> None:
         """Remember what an ioctl that worked has made."""

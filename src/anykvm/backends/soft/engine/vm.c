@@ -77,8 +77,11 @@ int ak_vcpu_dead(struct ak_vcpu *v)
     return ak_vm_dead(v->vm);
 }
 
+/* 0, or -EDEADLK: from inside a device's fault handler that the vCPU's VM waits for. */
 int ak_vcpu_lock(struct ak_vcpu *v)
 {
+    if (__builtin_expect(ak_device_deadlock(v->vm), 0))
+        return -EDEADLK;
     return -pthread_mutex_lock(&v->mutex);
 }
 
