@@ -4,8 +4,8 @@ In a kernel no signal handler runs inside a system call. A call that is done ``a
 before it or after it. It is done on a thread of ours (``workers.c``) that the program does not know of. The caller's
 thread waits in C meanwhile. There are as many such threads as calls at one time; two are kept.
 
-The garbage collector does not start by itself during such a call: a finalizer of the program could run on the worker. It
-is held back by its threshold, in all threads.
+The garbage collector does not start by itself during such a call, for a finalizer of the program could run on the
+worker. It is held back by its threshold, in all threads.
 """
 
 from __future__ import annotations

@@ -128,10 +128,10 @@ static void release_held(void)
     held.signals = held.of_process = 0;
     for (; signals; signals &= signals - 1) {
         int signo = __builtin_ctzll(signals) + 1;
-        if (of_process & BIT(signo))
-            syscall(SYS_rt_sigqueueinfo, getpid(), signo, held_info(signo));
-        else
+        if (!(of_process & BIT(signo)))
             syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), signo, held_info(signo));
+        else if (syscall(SYS_rt_sigqueueinfo, getpid(), signo, held_info(signo)))
+            kill(getpid(), signo); /* a kill() can be repeated as it was by the main thread alone */
     }
 }
 
