@@ -29,11 +29,13 @@ static void set_mask(const u64 *set, u64 *old)
     change_mask(SIG_SETMASK, set, old);
 }
 
-/* Block every signal of the process: for a thread that is none of the program's. Returns the mask to restore. */
+/* Block every signal: for a thread that is none of the program's, which must not take one that the program waits for.
+ * Those of faults too: such a thread touches no guest memory. Returns the mask to restore. */
 u64 ak_signals_block(void)
 {
+    const u64 all = ~0ull;
     u64 old;
-    set_mask(&everything, &old);
+    set_mask(&all, &old);
     return old;
 }
 
