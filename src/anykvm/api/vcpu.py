@@ -105,7 +105,7 @@ class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
             raise explain(error, KVM_RUN, None, lambda _: "this Vcpu is closed") from None
         result = decode_failure(self._page, error.errno or 0)
         if result is None:
-            raise explain(error, KVM_RUN, {"vcpu": self.vcpu_id}, _why) from None
+            raise explain(error, KVM_RUN, {"vcpu": self.vcpu_id}, _why) from error.__cause__
         return result
 
     @property

@@ -109,7 +109,7 @@ class Annotate:
                     raise
                 explained = UnresolvedAccess(_EFAULT, f"KVM_RUN: {cause.reason}")
                 explained.cause = cause
-                raise explained from None
+                raise explained from error.__cause__
         if request in _LEARNED:
             return atomically_or_here(self._do_and_learn, fd, request, arg)
         return self._inner_ioctl(fd, request, arg)
