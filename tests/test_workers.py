@@ -31,7 +31,12 @@ def slots(vm):
 
 
 def run(program: str) -> str:
-    done = subprocess.run([sys.executable, "-c", COMMON + program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", COMMON + program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert (done.stderr, done.returncode) == ("", 0), done
     return done.stdout
 

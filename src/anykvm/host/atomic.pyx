@@ -213,9 +213,13 @@ cdef class Finalizer:
 
 cdef class Dropped:
     def __del__(self):
-        warning = hand_over(self._dropped, (), True)
-        if warning is not None:
-            PyErr_ResourceWarning(self, 1, "%U", <PyObject *>warning)
+        try:
+            warning = hand_over(self._dropped, (), True)
+            if warning is not None:
+                PyErr_ResourceWarning(self, 1, "%U", <PyObject *>warning)
+        except BaseException:
+            if not Py_IsFinalizing():  # then what the method needs may be gone, and who is told too
+                raise
 
     def _dropped(self):
         return None
