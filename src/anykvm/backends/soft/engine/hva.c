@@ -53,7 +53,8 @@ static u32 ndevices, devices_room;
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 static int (*device_fault)(u64 hva, u32 access);
 
-static __thread u32 device_depth; /* fault handlers that this thread is inside of */
+/* Fault handlers that this thread is inside of. */
+static __thread u32 device_depth __attribute__((tls_model("initial-exec")));
 
 /* What to call for a device page that is not there: AK_DEVICE_*. It may take the interpreter's lock. */
 void ak_device_handler(int (*fault)(u64 hva, u32 access))
