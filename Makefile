@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(shell find src -name '*.c' -o -name '*.h' -o -name '*.pxd') src/anykvm/backends/soft/run.py setup.py pyproject.toml
+SOURCES := $(shell find src -name '*.c' -o -name '*.h' -o -name '*.pxd' -o -name '*.pyx') src/anykvm/backends/soft/run.py setup.py pyproject.toml
 
 .PHONY: help setup demo test annotate stress bench oracle random lint types clean
 help:

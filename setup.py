@@ -85,7 +85,8 @@ class BuildWithEngine(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         self.link_engine(target / "libanykvm_engine.so")
         for extension in self.extensions:
-            extension.extra_objects = [str(target / "libanykvm_engine.so")]
+            if extension.name == RUN.name:
+                extension.extra_objects = [str(target / "libanykvm_engine.so")]
         super().run()
 
     def link_engine(self, library: Path) -> None:
@@ -117,7 +118,19 @@ RUN = Extension(
     extra_link_args=["-Wl,-rpath,$ORIGIN/engine"],
 )
 
+#: Calls that no signal handler interrupts, for every backend.
+ATOMIC = Extension(
+    "anykvm.host.atomic",
+    ["src/anykvm/host/atomic.pyx", "src/anykvm/host/workers.c"],
+    include_dirs=["src/anykvm/host"],
+    depends=["src/anykvm/host/workers.h"],
+    extra_compile_args=["-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"],
+)
+
+#: Calls from the engine into Python.
+UPCALL = Extension("anykvm.backends.soft.upcall", ["src/anykvm/backends/soft/upcall.pyx"], extra_compile_args=["-O2"])
+
 setup(
-    ext_modules=cythonize([RUN], include_path=["src"], build_dir="build/cython", language_level=3),
+    ext_modules=cythonize([RUN, ATOMIC, UPCALL], include_path=["src"], build_dir="build/cython", language_level=3),
     cmdclass={"build_ext": BuildWithEngine},
 )

@@ -11,7 +11,12 @@ import tempfile
 from pathlib import Path
 
 CONTRACT = "src/anykvm/backends/soft/run.py"
-TESTS = ("tests/test_run_contract.py", "tests/test_hypercall.py", "tests/test_dirty_ring.py")
+TESTS = (
+    "tests/test_run_contract.py",
+    "tests/test_hypercall.py",
+    "tests/test_dirty_ring.py",
+    "tests/test_device_handlers.py",
+)
 
 
 def main() -> int:

@@ -58,7 +58,7 @@ class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
         try:
             self._pages: ctypes.Array[ctypes.c_uint8] | None = map_pages(self._backend, fd, mmap_size)
         except OSError:
-            self.close()
+            self._close()
             raise
         self._page = memoryview(self._pages).cast("B")
 
@@ -105,7 +105,7 @@ class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
             raise explain(error, KVM_RUN, None, lambda _: "this Vcpu is closed") from None
         result = decode_failure(self._page, error.errno or 0)
         if result is None:
-            raise explain(error, KVM_RUN, {"vcpu": self.vcpu_id}, _why) from None
+            raise explain(error, KVM_RUN, {"vcpu": self.vcpu_id}, _why) from error.__cause__
         return result
 
     @property

@@ -12,6 +12,7 @@ from anykvm.api.enable import enable_cap
 from anykvm.api.vcpu import Vcpu
 from anykvm.api.vm_irq import VmIrq
 from anykvm.api.vm_memory import Slot, VmMemory
+from anykvm.host.atomic import atomically_or_here
 
 if TYPE_CHECKING:
     from anykvm.api.kvm import Kvm
@@ -41,6 +42,9 @@ class Vm(VmMemory, VmIrq):
 
         Raises OSError: EEXIST for an id in use, EINVAL for one not below KVM_CAP_MAX_VCPU_ID or for too many vCPUs.
         """
+        return atomically_or_here(self._create_vcpu, vcpu_id)
+
+    def _create_vcpu(self, vcpu_id: int) -> Vcpu:
         size = self.kvm.get_vcpu_mmap_size()
         fd = self._call(n.KVM_CREATE_VCPU, vcpu_id, {"vcpu_id": vcpu_id}, _why_vcpu)
         return Vcpu(self, fd, vcpu_id, size)

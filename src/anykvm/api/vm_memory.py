@@ -13,6 +13,7 @@ from anykvm.api.enable import enable_cap
 from anykvm.api.handle import Handle
 from anykvm.api.region import why_region_refused
 from anykvm.host import libc
+from anykvm.host.atomic import atomically_or_here
 from anykvm.host.ranges import PAGE_SIZE
 
 
@@ -52,6 +53,9 @@ class VmMemory(Handle):
 
         The VM keeps ``memory`` alive, but does not close it. Raises OSError as ``set_user_memory_region``.
         """
+        return atomically_or_here(self._map, memory, guest_phys_addr, slot, flags)
+
+    def _map(self, memory: HostMemory, guest_phys_addr: int, slot: int | None, flags: int) -> int:
         if slot is None:
             slot = self._free_from
             while slot in self._slots:
@@ -110,6 +114,9 @@ class VmMemory(Handle):
         self._set_region(n.KVM_SET_USER_MEMORY_REGION2, s.kvm_userspace_memory_region2(**fields), fields)
 
     def _set_region(self, request: int, region: ctypes.Structure, fields: dict[str, int]) -> None:
+        atomically_or_here(self._set_region_and_note, request, region, fields)
+
+    def _set_region_and_note(self, request: int, region: ctypes.Structure, fields: dict[str, int]) -> None:
         slot, size = fields["slot"], fields["memory_size"]
         self._call(request, region, fields, lambda errno: why_region_refused(errno, fields, self._slots))
         old = self._slots.pop(slot, None)
@@ -159,6 +166,9 @@ class VmMemory(Handle):
         Raises OSError: EINVAL for a size that is too small or no power of two, when a vCPU exists, or the second time;
         E2BIG over what ``check_extension(KVM_CAP_DIRTY_LOG_RING)`` says.
         """
+        atomically_or_here(self._enable_dirty_ring, size)
+
+    def _enable_dirty_ring(self, size: int) -> None:
         enable_cap(self, KVM_CAP_DIRTY_LOG_RING, (size,), 0)
         self.dirty_ring_size = size
 

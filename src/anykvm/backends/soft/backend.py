@@ -13,11 +13,12 @@ from anykvm.abi.names import ioctl_error
 from anykvm.backends.soft import profiles
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
-from anykvm.backends.soft.files import FILES
+from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.run import kvm_run
 from anykvm.backends.soft.system import open_system
 from anykvm.backends.soft.vcpu import VcpuFile
+from anykvm.host.atomic import NoThread, atomically, atomically_or_here
 from anykvm.host.libc import munmap
 from anykvm.host.ranges import PAGE_SIZE
 
@@ -66,26 +67,32 @@ class SoftBackend:
 
     def open(self) -> int:
         """Open /dev/kvm; see ``Backend.open``."""
-        return open_system(self._profile)
+        return atomically(open_system, self._profile)
 
     def ioctl(self, fd: int, request: int, arg: int = 0) -> int:
-        """Do one ioctl; see ``Backend.ioctl``. KVM_RUN on a descriptor known to be a vCPU goes first and straight."""
+        """Do one ioctl; see ``Backend.ioctl``. KVM_RUN on a descriptor known to be a vCPU goes first and straight.
+
+        As in a kernel no signal handler runs in the middle of an ioctl, and no exception of another thread's or a
+        debugger's making arrives there. What changes more than one thing is done on a worker.
+        """
         if request == _KVM_RUN:
             vcpu = _running.get(fd)
             if vcpu is not None:
                 return kvm_run(vcpu, arg)
-        return self._ioctl(fd, request & _U32, arg & _U64)
-
-    def _ioctl(self, fd: int, request: int, arg: int) -> int:
+        request &= _U32
         try:
             file = FILES.get(fd)
-            if request == _KVM_RUN and isinstance(file, VcpuFile):
-                _running[fd] = file
-                return self.ioctl(fd, request, arg)
-            return file.ioctl(request, arg)
+            if request in file.direct:
+                return file.ioctl(request, arg & _U64)
+            if request != _KVM_RUN or not isinstance(file, VcpuFile):
+                return atomically(_ioctl, file, request, arg & _U64)
         except Refused as refused:
             raise ioctl_error(refused.errno, request, refused.detail) from None
+        except NoThread as error:
+            raise ioctl_error(error.errno or errno.EAGAIN, request, "no thread to do it on") from None
         except OSError as error:  # of a system call on the way: EMFILE, ENOMEM
+            if error.__cause__ is not None:
+                raise
             raise ioctl_error(error.errno or errno.EIO, request) from error
         except MemoryError as error:
             raise ioctl_error(errno.ENOMEM, request) from error
@@ -93,30 +100,43 @@ class SoftBackend:
             if "MemoryError" not in str(error):
                 raise
             raise ioctl_error(errno.ENOMEM, request) from error  # in which ctypes wraps it
+        _running[fd] = file
+        return kvm_run(file, arg)
 
     def mmap(self, fd: int, length: int, offset: int) -> int:
         """Map a vCPU's pages, or a guest_memfd; see ``Backend.mmap``."""
-        what = f"mmap(fd={fd}, length={length:#x}, offset={offset:#x})"
-        try:
-            file = FILES.get(fd)
-            size = file.mmap_size
-        except Refused as refused:
-            code = errno.ENODEV if refused.errno == errno.ENOTTY else refused.errno
-            raise OSError(code, f"{what}: {refused.detail}") from None
-        if not size:
-            raise OSError(errno.ENODEV, f"{what}: only a vCPU, and a guest_memfd made for it, can be mapped")
-        pages = -(-length // PAGE_SIZE) * PAGE_SIZE
-        if length <= 0 or offset < 0 or offset % PAGE_SIZE or offset + pages > size:
-            raise OSError(errno.EINVAL, f"{what}: it has {size:#x} bytes")
-        return file.map(fd, length, offset)
+        return atomically(_mmap, fd, length, offset)
 
     def munmap(self, address: int, length: int) -> None:
         """Unmap; see ``Backend.munmap``."""
         munmap(address, length)
 
     def close(self, fd: int) -> None:
-        """Close; see ``Backend.close``."""
+        """Close; see ``Backend.close``. In a device's fault handler objects that go with it go at a later ``close``."""
         try:
-            FILES.close(fd)
+            atomically_or_here(FILES.close, fd)
         except Refused as refused:
             raise OSError(refused.errno, os.strerror(refused.errno)) from None
+
+
+def _ioctl(file: File, request: int, arg: int) -> int:
+    try:
+        return file.ioctl(request, arg)
+    except MemoryError:
+        raise Refused(errno.ENOMEM, "no memory") from None
+
+
+def _mmap(fd: int, length: int, offset: int) -> int:
+    what = f"mmap(fd={fd}, length={length:#x}, offset={offset:#x})"
+    try:
+        file = FILES.get(fd)
+        size = file.mmap_size
+    except Refused as refused:
+        code = errno.ENODEV if refused.errno == errno.ENOTTY else refused.errno
+        raise OSError(code, f"{what}: {refused.detail}") from None
+    if not size:
+        raise OSError(errno.ENODEV, f"{what}: only a vCPU, and a guest_memfd made for it, can be mapped")
+    pages = -(-length // PAGE_SIZE) * PAGE_SIZE
+    if length <= 0 or offset < 0 or offset % PAGE_SIZE or offset + pages > size:
+        raise OSError(errno.EINVAL, f"{what}: it has {size:#x} bytes")
+    return file.map(fd, length, offset)

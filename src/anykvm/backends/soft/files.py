@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.file_size import set_file_size
+from anykvm.backends.soft.upcall import in_device_fault
 from anykvm.host.libc import map_shared
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ class File:
     """As the kernel names it in /proc/self/fd."""
     mmap_size = 0
     """Bytes that can be mapped; 0: mmap() is ENODEV."""
+
+    direct: frozenset[int] = frozenset()
+    """Ioctls that change nothing, or one thing by one call into C: they need no worker to be atomic."""
 
     hidden_fd = -1
     """A descriptor of its inode that is the backend's own, and keeps nothing alive."""
@@ -57,7 +61,8 @@ class FileTable:
         self.running: dict[int, VcpuFile] = {}
         """Descriptors that KVM_RUN was done on: all that its fast path looks at. An entry whose descriptor was closed
         by a close(2) past ``close`` stays until that number is used again here, or any KVM file is closed."""
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # taken on workers only: see anykvm.host.atomic
+        self._unswept = False  # a close in a device's fault handler left what it found to do to the next
         os.register_at_fork(after_in_child=self._after_fork)
 
     def _after_fork(self) -> None:
@@ -84,6 +89,8 @@ class FileTable:
         self.running.pop(fd, None)  # of a descriptor of this number that was closed behind our back
         with self._lock:
             self._files[inode] = file
+        if self._unswept and not in_device_fault():
+            self._sweep()
 
     def open(self, name: str, file: File) -> int:
         """Make a descriptor for ``file``, which has no pages. Raises OSError: EMFILE, ENOMEM."""
@@ -107,11 +114,14 @@ class FileTable:
         known = _inode(fd) in self._files
         self.running.pop(fd, None)
         os.close(fd)
-        if known:
+        if in_device_fault():
+            self._unswept |= known  # the end of an object may have to wait for the vCPU in whose fault we are
+        elif known or self._unswept:
             self._sweep()
 
     def _sweep(self) -> None:
         """Forget files that have no descriptor any more, also those whose descriptors were closed behind our back."""
+        self._unswept = False
         try:
             names = os.listdir("/proc/self/fd")
         except OSError:

@@ -18,7 +18,6 @@ import errno
 import fcntl
 import itertools
 import os
-import weakref
 from ctypes import byref, c_uint64
 from typing import TYPE_CHECKING, Final
 
@@ -29,6 +28,7 @@ from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.file_size import set_file_size
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.usercopy import copy_from_user
+from anykvm.host.atomic import Finalizer, atomically
 from anykvm.host.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -56,8 +56,7 @@ class GuestMemfd(File):
         self.hidden_fd = library().ak_gmem_fd(address)
         if self.mappable:
             self.mmap_size = size
-        finalizer = weakref.finalize(self, _release, vm, address, library().ak_mm_generation())
-        finalizer.atexit = False
+        Finalizer(self, _release, vm, address, library().ak_mm_generation())
 
     @property
     def mappable(self) -> bool:
@@ -123,8 +122,13 @@ def fail_page(fd: int, offset: int, error: int) -> None:
     ``error``: EHWPOISON, ENOMEM or any other errno, which KVM_RUN and KVM_PRE_FAULT_MEMORY return with
     KVM_EXIT_MEMORY_FAULT (mmu.c:kvm_mmu_faultin_pfn_gmem()); 0 ends it. ``offset`` in bytes, of any byte of the page.
     In force for every vCPU on return.
-    Raises OSError: EBADF; EINVAL for a descriptor that is no guest_memfd, an offset beyond its end; ENOMEM.
+    Raises OSError: EBADF; EINVAL for a descriptor that is no guest_memfd, an offset beyond its end; ENOMEM; EDEADLK in
+    a device's fault handler that a vCPU of the VM waits for.
     """
+    atomically(_fail_page, fd, offset, error)
+
+
+def _fail_page(fd: int, offset: int, error: int) -> None:
     try:
         file = FILES.get(fd)
     except Refused as refused:
@@ -132,6 +136,10 @@ def fail_page(fd: int, offset: int, error: int) -> None:
         raise OSError(code, os.strerror(code)) from None
     if not isinstance(file, GuestMemfd) or not 0 <= offset < file.size:
         raise OSError(errno.EINVAL, f"fail_page(fd={fd}, offset={offset:#x}): not in a guest_memfd")
+    try:
+        file.vm.check_not_in_device_fault()
+    except Refused as refused:
+        raise OSError(refused.errno, f"fail_page: {refused.detail}") from None
     page = offset // PAGE_SIZE * PAGE_SIZE
     result: int = library().ak_gmem_inject(file.vm.address, file.address, page, error)
     if result:

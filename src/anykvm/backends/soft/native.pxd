@@ -70,6 +70,7 @@ cdef extern from "engine.h" nogil:
 
     int ak_vcpu_dead(ak_vcpu *v)
     int ak_vcpu_lock(ak_vcpu *v)
+    bint ak_device_raised(const ak_vcpu *v)
     void ak_vcpu_unlock(ak_vcpu *v)
     void ak_signals_enter(ak_vcpu *v)
     bint ak_signal_pending(ak_vcpu *v)

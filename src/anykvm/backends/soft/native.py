@@ -121,6 +121,7 @@ PREDICATES = frozenset(
         "ak_send_hwpoison_signal",
         "ak_hypercall",
         "ak_dirty_ring_full",
+        "ak_device_raised",
     }
 )
 
@@ -140,14 +141,15 @@ def check_layout() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    """An engine function, called with a vCPU by reference."""
+    """An engine function; a vCPU goes to it by reference."""
     if not name.startswith("ak_"):
         raise AttributeError(name)
     function = getattr(library(), name)
     function.restype = ctypes.c_bool if name in PREDICATES else ctypes.c_int
 
-    def call(vcpu: Vcpu, *arguments: int) -> int:
-        return int(function(ctypes.byref(vcpu), *arguments) or 0)
+    def call(*arguments: Vcpu | int) -> int:
+        by_reference = (ctypes.byref(one) if isinstance(one, Vcpu) else one for one in arguments)
+        return int(function(*by_reference) or 0)
 
     globals()[name] = call
     return call

@@ -21,6 +21,8 @@ import os
 
 import cython
 
+from anykvm.backends.soft import upcall
+
 if cython.compiled:  # pragma: no cover
     from cython.cimports.anykvm.backends.soft import native  # type: ignore[import-not-found]
 else:
@@ -33,7 +35,9 @@ def kvm_vcpu_ioctl_run(vcpu: native.vcpu_p, arg: cython.int) -> cython.int:
     if r:
         return r  # row 1: another mm, or the VM is dead: EIO; kvm_run is not touched
     purge(vcpu, native.AK_PURGE_BEFORE_LOCK)
-    native.ak_vcpu_lock(vcpu)  # row 4: vcpu->mutex
+    r = native.ak_vcpu_lock(vcpu)  # row 4: vcpu->mutex
+    if r:
+        return r  # no row: EDEADLK from inside a device's fault handler, for which the VM waits
     if arg:
         r = -native.EINVAL  # row 5
     else:
@@ -222,6 +226,8 @@ def kvm_run(address: int, arg: int) -> int:
     nonzero: cython.int = 1 if arg else 0
     with cython.nogil:
         r = kvm_vcpu_ioctl_run(vcpu, nonzero)
+    if native.ak_device_raised(vcpu):
+        upcall.check(r, MESSAGES.get(-r, ""))
     if r < 0:
         raise OSError(-r, MESSAGES[-r])
     return 0

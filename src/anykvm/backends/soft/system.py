@@ -19,11 +19,26 @@ from anykvm.backends.soft.usercopy import bytes_from_user, copy_from_user, copy_
 from anykvm.backends.soft.vcpu import MAX_IO_MSRS, VCPU_MMAP_SIZE
 from anykvm.backends.soft.vm import create_vm
 
+DIRECT: Final = frozenset(
+    (
+        n.KVM_GET_API_VERSION,
+        n.KVM_GET_VCPU_MMAP_SIZE,
+        n.KVM_CHECK_EXTENSION,
+        n.KVM_GET_SUPPORTED_CPUID,
+        n.KVM_GET_EMULATED_CPUID,
+        n.KVM_GET_MSR_INDEX_LIST,
+        n.KVM_GET_MSR_FEATURE_INDEX_LIST,
+        n.KVM_GET_MSRS,
+    )
+)
+"""They read constants."""
+
 
 class SystemFile(File):
     """An open /dev/kvm. It works in a forked child too, as the kernel's does."""
 
     kind = "/dev/kvm"
+    direct = DIRECT
 
     def __init__(self, profile: Profile) -> None:
         """``profile`` is for every VM made from this file."""

@@ -51,6 +51,8 @@ class VcpuFile(int, File):
     """
 
     kind = "anon_inode:kvm-vcpu"
+    direct = frozenset(HANDLERS)
+    """Each is copying, and one call into C."""
     mmap_size = VCPU_MMAP_SIZE
     vcpu: Vcpu
     vm: Vm

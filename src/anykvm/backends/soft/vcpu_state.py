@@ -15,8 +15,9 @@ from anykvm.abi import ioctls as n
 from anykvm.abi import structures as s
 from anykvm.backends.soft.cpuid import KVM_MAX_CPUID_ENTRIES
 from anykvm.backends.soft.engine.library import library
-from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.errors import IN_DEVICE_FAULT, Refused
 from anykvm.backends.soft.pre_fault import pre_fault_memory
+from anykvm.backends.soft.upcall import check, in_device_fault
 from anykvm.backends.soft.usercopy import bytes_from_user, copy_from_user, copy_to_user
 
 if TYPE_CHECKING:
@@ -48,7 +49,10 @@ _Buffer = ctypes.Structure | ctypes.Array[ctypes.c_uint8]
 
 def _engine(file: VcpuFile, request: int, data: _Buffer | None) -> int:
     address = None if data is None else ctypes.addressof(data)
+    if in_device_fault() and library().ak_vm_in_device_fault(file.vm.address):
+        raise Refused(errno.EDEADLK, IN_DEVICE_FAULT)
     result: int = library().ak_vcpu_ioctl(file, request, address)
+    check()
     if result < 0:
         raise Refused(-result, _WHY.get(request, "") if result == -errno.EINVAL else "")
     return result

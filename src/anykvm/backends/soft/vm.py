@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Final
 
@@ -16,13 +15,15 @@ from anykvm.backends.soft import dirty
 from anykvm.backends.soft.attributes import enable_exit_hypercall, set_memory_attributes
 from anykvm.backends.soft.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, check_extension
 from anykvm.backends.soft.engine.library import install_handlers, library
-from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.errors import IN_DEVICE_FAULT, Refused
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.guest_memfd import create_guest_memfd
 from anykvm.backends.soft.memslots import Memslots, Region
 from anykvm.backends.soft.profiles import Profile
+from anykvm.backends.soft.upcall import in_device_fault
 from anykvm.backends.soft.usercopy import copy_from_user
 from anykvm.backends.soft.vcpu import Vcpu, VcpuFile, create_vcpu
+from anykvm.host.atomic import Finalizer
 from anykvm.host.ranges import PAGE_SIZE
 
 TSC_KHZ: Final = 1_000_000
@@ -41,7 +42,7 @@ class Vm:
         engine = library()
         install_handlers(engine)
         try:
-            self.lock = threading.RLock()
+            self.lock = threading.RLock()  # taken on workers only: see anykvm.host.atomic
             """kvm->lock and kvm->slots_lock."""
         except RuntimeError:  # what it says instead of MemoryError
             raise Refused(errno.ENOMEM) from None
@@ -70,8 +71,8 @@ class Vm:
         self.bsp_vcpu_id = 0
         self.max_vcpu_ids = 0
         """Limit of KVM_ENABLE_CAP(KVM_CAP_MAX_VCPU_ID); 0: not set."""
-        finalizer = weakref.finalize(self, _destroy, address, self.vcpus, engine.ak_mm_generation())
-        finalizer.atexit = False  # the process's end frees everything, and threads may still be running guests
+        # Not at the process's end: that frees everything, and threads may still be running guests.
+        Finalizer(self, _destroy, address, self.vcpus, engine.ak_mm_generation())
 
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION: the value of a capability in this VM."""
@@ -81,6 +82,11 @@ class Vm:
         """Refused: EIO when the VM belongs to another process (it was made before a fork) or is dead."""
         if library().ak_vm_dead(self.address):
             raise Refused(errno.EIO, "the VM is dead, or was made in another process")
+
+    def check_not_in_device_fault(self) -> None:
+        """Refused: EDEADLK for a device's fault handler, which the VM's vCPUs wait for, and its lock for them."""
+        if in_device_fault() and library().ak_vm_in_device_fault(self.address):
+            raise Refused(errno.EDEADLK, IN_DEVICE_FAULT)
 
     def kill(self) -> None:
         """kvm_vm_dead(): every later ioctl of the VM and its vCPUs is EIO; running vCPUs return it."""
@@ -101,6 +107,8 @@ class VmFile(File):
     """A VM's descriptor."""
 
     kind = "anon_inode:kvm-vm"
+    direct = frozenset((n.KVM_CHECK_EXTENSION, n.KVM_GET_TSC_KHZ))
+    """They read one thing, without the VM's lock."""
 
     def __init__(self, vm: Vm) -> None:
         """Keeps ``vm`` alive."""
@@ -112,6 +120,9 @@ class VmFile(File):
         handler = _HANDLERS.get(request)
         if handler is None or request in self.vm.profile.absent_ioctls:
             raise Refused(errno.ENOTTY, "not an ioctl of a VM, or not offered")
+        if request in self.direct:
+            return handler(self.vm, arg)
+        self.vm.check_not_in_device_fault()
         with self.vm.lock:
             return handler(self.vm, arg)
 

@@ -11,6 +11,7 @@ from anykvm.abi import ioctls as n
 from anykvm.abi.constants import KVM_EXIT_MEMORY_FAULT
 from anykvm.abi.validity import memory_fault_valid
 from anykvm.backends.base import Backend
+from anykvm.host.atomic import atomically_or_here
 from anykvm.layers.annotate.cause import Cause
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.finder import Finder
@@ -77,21 +78,28 @@ class Annotate(Layer):
             except OSError as error:
                 if error.errno != _EFAULT:
                     raise
-                cause = self._explain(fd)
+                cause = atomically_or_here(self._explain, fd)
                 if cause is None:
                     if unexplained := self.last_unexplained(fd):
                         error.add_note(f"annotate: {unexplained}")
                     raise
                 explained = UnresolvedAccess(_EFAULT, f"KVM_RUN: {cause.reason}")
                 explained.cause = cause
-                raise explained from None
-        result = self._inner_ioctl(fd, request, arg)
+                raise explained from error.__cause__
         if request in LEARNED:
-            self._shadow.learn(fd, request, arg, result)
+            return atomically_or_here(self._do_and_learn, fd, request, arg)
+        return self._inner_ioctl(fd, request, arg)
+
+    def _do_and_learn(self, fd: int, request: int, arg: int) -> int:
+        result = self._inner_ioctl(fd, request, arg)
+        self._shadow.learn(fd, request, arg, result)
         return result
 
     def close(self, fd: int) -> None:
         """Forward, and forget the descriptor; see ``Backend.close``."""
+        atomically_or_here(self._close, fd)
+
+    def _close(self, fd: int) -> None:
         self._shadow.close(fd)
         self.inner.close(fd)
 
@@ -112,7 +120,9 @@ class Annotate(Layer):
         OSError if the vCPU cannot be asked for its registers.
         """
         vcpu = self._shadow.vcpu(fd)
-        return None if vcpu is None else self._find(fd, vcpu, self._found.setdefault(vcpu, _Found()))
+        if vcpu is None:
+            return None
+        return atomically_or_here(self._find, fd, vcpu, self._found.setdefault(vcpu, _Found()))
 
     def _last(self, fd: int) -> _Found | None:
         vcpu = self._shadow.vcpu(fd)

@@ -96,7 +96,13 @@ enum ak_host_fault {
 
 /* What a device mapping's fault handler says. */
 #define AK_DEVICE_TRIES 100 /* it says the page is there, and the host refuses it: somebody protects it by himself */
-enum ak_device_answer { AK_DEVICE_PRESENT = 0, AK_DEVICE_FAILED, AK_DEVICE_READ_ONLY };
+enum ak_device_answer {
+    AK_DEVICE_PRESENT = 0,
+    AK_DEVICE_FAILED,
+    AK_DEVICE_READ_ONLY,
+    AK_DEVICE_INTERRUPTED, /* as by a signal: KVM_RUN ends with EINTR */
+    AK_DEVICE_RAISED = 16, /* a bit: the handler's caller has an exception for who called KVM_RUN */
+};
 
 struct ak_exit {
     u32 kind;
@@ -164,6 +170,7 @@ struct ak_vm {
     u64 hypercall_exits;      /* KVM_CAP_EXIT_HYPERCALL: numbers that go to user space */
     u32 map_writable;         /* profile: a page that is read is mapped for writing if it can be (mapped.c) */
     volatile u32 zaps;        /* how often a slot has gone or moved */
+    u32 device_faults;        /* vCPUs in a device's fault handler */
 };
 
 /* A pending exception: kvm_queued_exception, kept over a KVM_RUN that failed while delivering it. */
@@ -241,6 +248,8 @@ struct ak_vcpu {
     u64 sigmask;              /* KVM_SET_SIGNAL_MASK */
     u64 outer_mask, active_mask;
     u64 sigbus_hva;           /* SIGBUS to send when the mask is restored */
+    siginfo_t *outer_info;
+    struct ak_vcpu *outer_vcpu;    /* NULL, or of the KVM_RUN that this one is inside of (in a device's fault handler) */
     siginfo_t held_info[AK_FAULT_SIGNALS]; /* signals of faults that wait for that too (signals.c) */
     volatile u32 in_guest;
     volatile u64 entries, tick_entries;
@@ -306,6 +315,7 @@ struct ak_vcpu {
     void *tlb_flush_pending;
     u32 gmem_closings;        /* those of the VM that its TLB knows of */
     struct ak_dirty_ring ring;
+    bool device_raised, device_interrupted; /* by a device's fault handler, in this KVM_RUN */
 };
 
 /* vm.c */
@@ -387,6 +397,9 @@ int ak_copy_out(u64 to, const void *from, u64 size);
 /* hva.c, dirty.c */
 int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned);
 u32 ak_hva_to_pfn(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
+bool ak_device_deadlock(const struct ak_vm *vm);
+bool ak_vm_in_device_fault(const struct ak_vm *vm);
+bool ak_device_raised(const struct ak_vcpu *v);
 u32 ak_hva_refused(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
 int ak_device_add(u64 start, u64 size);
 void ak_device_remove(u64 start);
@@ -455,7 +468,7 @@ bool ak_gmem_faultin(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enu
 int ak_data_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 bool ak_is_guest_memory(const struct ak_vm *vm, u64 hva);
 u64 ak_gfn_to_hva(struct ak_vcpu *v, u64 gfn);
-int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2]);
+int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2], u64 user);
 /* Whether an access to this slot (or to none) can be private or a guest_memfd's: nothing else costs anything. */
 static inline bool ak_may_be_private(const struct ak_vm *vm, const struct ak_slot *slot)
 {

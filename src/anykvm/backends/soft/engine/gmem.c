@@ -282,15 +282,18 @@ static int pre_fault_page(struct ak_vcpu *v, u64 gpa)
     return stale && (!r || r == -ENOENT) ? retried_in_vain(v) : r;
 }
 
-/* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): range is the request's gpa and size, moved past what was done. 0
- * if anything was done, else the negative errno of the first page. A page that fails on the way with an annotation
- * leaves it in kvm_run, also when the result is 0; so does a signal that comes while it waits for a page. It reads, and
- * follows the attributes. */
-int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2])
+/* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): range is the request's gpa and size, moved past what was done, also
+ * in the caller's structure at user, of which they are the first fields. 0 if anything was done, else the negative errno
+ * of the first page. A page that fails on the way with an annotation leaves it in kvm_run, also when the result is 0; so
+ * does a signal that comes while it waits for a page. It reads, and follows the attributes. */
+int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2], u64 user)
 {
-    int r = 0;
     u64 size = range[1], mask = ak_signals_defer(); /* one that comes while it waits for the vCPU is pending then */
-    ak_vcpu_lock(v);
+    int r = ak_vcpu_lock(v);
+    if (r) {
+        ak_signals_restore(mask);
+        return r;
+    }
     ak_signals_enter(v);
     v->outer_mask = v->active_mask = mask; /* KVM_SET_SIGNAL_MASK is for KVM_RUN */
     while (range[1] && !(r = pre_fault_page(v, range[0]))) {
@@ -299,5 +302,7 @@ int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2])
     }
     ak_signals_leave(v);
     ak_vcpu_unlock(v);
+    if (ak_copy_out(user, range, 2 * sizeof *range))
+        return -EFAULT;
     return range[1] == size ? r : 0;
 }

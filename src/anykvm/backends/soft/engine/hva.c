@@ -52,6 +52,9 @@ static u32 ndevices, devices_room;
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 static int (*device_fault)(u64 hva, u32 access);
 
+/* Fault handlers that this thread is inside of. */
+static __thread u32 device_depth __attribute__((tls_model("initial-exec")));
+
 /* What to call for a device page that is not there: AK_DEVICE_*. It may take the interpreter's lock. */
 void ak_device_handler(int (*fault)(u64 hva, u32 access))
 {
@@ -108,15 +111,46 @@ static bool is_device(u64 hva)
 
 /* fixup_user_fault() and the second follow_pfnmap_start(): the handler made the page present, or it failed, or what is
  * present may only be read. It runs as in the kernel, inside the fault: slots wait for it, signals do not end it. */
-static u32 ask_device(u64 hva, enum ak_access access)
+static u32 ask_device(struct ak_vcpu *v, u64 hva, enum ak_access access)
 {
-    struct ak_vcpu *v = ak_current;
+    struct ak_vcpu *current = ak_current;
     ak_current = NULL; /* a crash in there is not the guest's */
+    __atomic_add_fetch(&v->vm->device_faults, 1, __ATOMIC_SEQ_CST);
+    device_depth++;
     int answer = device_fault(hva & AK_PAGE_MASK, access);
-    ak_current = v;
+    device_depth--;
+    __atomic_sub_fetch(&v->vm->device_faults, 1, __ATOMIC_SEQ_CST);
+    ak_current = current;
+    if (answer & AK_DEVICE_RAISED)
+        v->device_raised = true;
+    answer &= ~AK_DEVICE_RAISED;
+    if (answer == AK_DEVICE_INTERRUPTED) {
+        v->device_interrupted = true;
+        if (v->emulation == AK_NATIVE)
+            return KVM_PFN_ERR_SIGPENDING; /* as if a signal had come: the instruction is executed again */
+    }
     return answer == AK_DEVICE_PRESENT     ? KVM_PFN_OK
            : answer == AK_DEVICE_READ_ONLY ? KVM_PFN_ERR_RO_FAULT
                                            : KVM_PFN_ERR_FAULT;
+}
+
+/* A device's fault handler must not wait for a VM of which a vCPU waits for such a handler: its own, or another whose handler
+ * may wait for ours. True: this thread is in a handler, and vm is such a VM. */
+bool ak_device_deadlock(const struct ak_vm *vm)
+{
+    return device_depth && ak_vm_in_device_fault(vm);
+}
+
+/* Whether a vCPU of the VM is in a device's fault handler. */
+bool ak_vm_in_device_fault(const struct ak_vm *vm)
+{
+    return __atomic_load_n(&vm->device_faults, __ATOMIC_SEQ_CST) != 0;
+}
+
+/* Whether a fault handler has raised an exception since the vCPU last entered KVM_RUN (ak_signals_enter). */
+bool ak_device_raised(const struct ak_vcpu *v)
+{
+    return v->device_raised;
 }
 
 /* -- both ------------------------------------------------------------------------------------------------------------- */
@@ -130,7 +164,7 @@ u32 ak_hva_refused(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_
         *host_fault = AK_HOST_POISONED;
     if (*host_fault == AK_HOST_POISONED)
         return KVM_PFN_ERR_HWPOISON;
-    return is_device(hva) ? ask_device(hva, access) : KVM_PFN_ERR_FAULT;
+    return is_device(hva) ? ask_device(v, hva, access) : KVM_PFN_ERR_FAULT;
 }
 
 /* hva_to_pfn(): enum ak_pfn, and why in *host_fault. Never KVM_PFN_NOSLOT. */

@@ -279,8 +279,10 @@ static int vcpu_ioctl(struct ak_vcpu *v, u32 request, void *data)
  * KVM_SET_SIGNAL_MASK the mask, or NULL). The result, or a negative errno. */
 int ak_vcpu_ioctl(struct ak_vcpu *v, u32 request, void *data)
 {
-    ak_vcpu_lock(v);
-    int r = vcpu_ioctl(v, request, data);
+    int r = ak_vcpu_lock(v);
+    if (r)
+        return r;
+    r = vcpu_ioctl(v, request, data);
     ak_vcpu_unlock(v);
     return r;
 }

@@ -11,6 +11,8 @@ import os
 import threading
 from typing import Any, Final
 
+from anykvm.host.atomic import atomically_or_here
+
 PATH: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "libanykvm_engine.so")
 """Where the build puts the library."""
 
@@ -37,9 +39,6 @@ _u64 = ctypes.c_uint64
 _int = ctypes.c_int
 _pointer = ctypes.c_void_p
 
-DEVICE_FAULT: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32)
-"""The fault handler of device mappings: host address of the page and access, to ``enum ak_device_answer``."""
-
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     # VM
     "ak_vm_create": (_address, ()),
@@ -63,10 +62,11 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_gmem_held": (ctypes.c_bool, (_address,)),
     "ak_gmem_fd": (_int, (_address,)),
     "ak_gmem_inject": (_int, (_address, _address, _u64, _int)),
-    "ak_pre_fault_memory": (_int, (_address, ctypes.POINTER(_u64))),
+    "ak_pre_fault_memory": (_int, (_address, ctypes.POINTER(_u64), _address)),
     "ak_device_add": (_int, (_address, _u64)),
     "ak_device_remove": (None, (_address,)),
-    "ak_device_handler": (None, (DEVICE_FAULT,)),
+    "ak_device_handler": (None, (_pointer,)),
+    "ak_vm_in_device_fault": (ctypes.c_bool, (_address,)),
     # host memory
     "ak_host_init": (_int, ()),
     "ak_self_test": (ctypes.c_char_p, ()),
@@ -87,7 +87,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
 }
 
 _loaded: ctypes.CDLL | None = None
-_loading: Final = threading.Lock()
+_loading: Final = threading.Lock()  # taken on workers only: see anykvm.host.atomic
 
 
 def library() -> ctypes.CDLL:
@@ -96,11 +96,14 @@ def library() -> ctypes.CDLL:
     Raises ImportError when it is not there, does not load or fails its self-test; OSError when its signal handlers
     cannot be installed.
     """
+    return _loaded if _loaded is not None else atomically_or_here(_load_once)
+
+
+def _load_once() -> ctypes.CDLL:
     global _loaded
-    if _loaded is None:
-        with _loading:
-            if _loaded is None:
-                _loaded = load(PATH)
+    with _loading:
+        if _loaded is None:
+            _loaded = load(PATH)
     return _loaded
 
 

@@ -3,6 +3,9 @@
  * Looking needs the vCPU to leave guest code, of which the ticker takes care (ticker.c). */
 #define _GNU_SOURCE
 #include "engine_internal.h"
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -26,11 +29,13 @@ static void set_mask(const u64 *set, u64 *old)
     change_mask(SIG_SETMASK, set, old);
 }
 
-/* Block every signal of the process: for a thread that is none of the program's. Returns the mask to restore. */
+/* Block every signal: for a thread that is none of the program's, which must not take one that the program waits for.
+ * Those of faults too: such a thread touches no guest memory. Returns the mask to restore. */
 u64 ak_signals_block(void)
 {
+    const u64 all = ~0ull;
     u64 old;
-    set_mask(&everything, &old);
+    set_mask(&all, &old);
     return old;
 }
 
@@ -63,7 +68,9 @@ void ak_signals_in_child(void)
 static __thread struct {
     bool running;    /* KVM_RUN: they are open */
     struct ak_vcpu *vcpu; /* whose */
+    bool opened;     /* for one access */
     u64 signals;     /* taken out: bits, and what came with them */
+    u64 of_process;  /* those that any thread may take */
     siginfo_t *info;
 } held __attribute__((tls_model("initial-exec"))); /* no allocation in a handler */
 
@@ -72,11 +79,13 @@ static siginfo_t *held_info(int signo)
     return &held.info[__builtin_popcountll(~everything & (BIT(signo) - 1))];
 }
 
-/* In the handler: somebody sent this signal of a fault to a thread in KVM_RUN. False: it is not in KVM_RUN. */
+/* In the handler: somebody sent this signal of a fault. False: it was not us who opened it. */
 bool ak_hold_signal(const siginfo_t *info)
 {
-    if (!held.running)
+    if (!held.running && !held.opened)
         return false;
+    if (info->si_code != SI_TKILL)
+        held.of_process |= BIT(info->si_signo);
     if (!(held.signals & BIT(info->si_signo))) /* more of the same are one */
         *held_info(info->si_signo) = *info;
     held.signals |= BIT(info->si_signo);
@@ -96,11 +105,31 @@ bool ak_is_poke(const siginfo_t *info)
 }
 
 /* The pending ones of `blocked`, which are blocked. */
+/* Signals that are pending for this thread alone; all, where there is no /proc to say which. */
+static u64 pending_for_thread(void)
+{
+    char text[2048];
+    int fd = open("/proc/thread-self/status", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    if (fd >= 0)
+        close(fd);
+    text[n > 0 ? n : 0] = 0;
+    const char *at = strstr(text, "SigPnd:");
+    return at ? strtoull(at + strlen("SigPnd:"), NULL, 16) : ~0ull;
+}
+
+/* The pending ones of `blocked`, which are blocked. One that was sent to the process goes back to the process: this may be
+ * a thread that nobody waits for it on. */
 static void hold_pending(u64 blocked)
 {
     const struct timespec now = {0};
     siginfo_t info;
+    u64 pending = 0;
     long signo;
+    syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
+    if (!(pending & blocked))
+        return;
+    held.of_process |= pending & blocked & ~pending_for_thread();
     while ((signo = syscall(SYS_rt_sigtimedwait, &blocked, &info, &now, KERNEL_SIGSET)) > 0) {
         *held_info((int)signo) = info;
         held.signals |= BIT(signo);
@@ -109,11 +138,14 @@ static void hold_pending(u64 blocked)
 
 static void release_held(void)
 {
-    u64 signals = held.signals;
-    held.signals = 0;
+    u64 signals = held.signals, of_process = held.of_process;
+    held.signals = held.of_process = 0;
     for (; signals; signals &= signals - 1) {
         int signo = __builtin_ctzll(signals) + 1;
-        syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), signo, held_info(signo));
+        if (!(of_process & BIT(signo)))
+            syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), signo, held_info(signo));
+        else if (syscall(SYS_rt_sigqueueinfo, getpid(), signo, held_info(signo)))
+            kill(getpid(), signo); /* a kill() can be repeated as it was by the main thread alone */
     }
 }
 
@@ -129,6 +161,7 @@ u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS])
         return 0;
     held.info = info;
     hold_pending(mask & (BIT(SIGSEGV) | BIT(SIGBUS)));
+    held.opened = true;
     opened = mask & ~(BIT(SIGSEGV) | BIT(SIGBUS));
     set_mask(&opened, NULL);
     return mask;
@@ -139,6 +172,7 @@ void ak_faults_close(u64 mask)
     if (!mask)
         return;
     set_mask(&mask, NULL);
+    held.opened = false;
     release_held();
 }
 
@@ -150,14 +184,18 @@ void ak_signals_enter(struct ak_vcpu *v)
     if (__builtin_expect(!this_thread, 0))
         this_thread = gettid();
     v->tid = this_thread;
-    held.info = v->held_info;
+    v->outer_vcpu = held.running ? held.vcpu : NULL;
     held.vcpu = v;
+    v->outer_info = held.running ? held.info : NULL;
+    if (!v->outer_info)
+        held.info = v->held_info;
     change_mask(SIG_BLOCK, &everything, &v->outer_mask);
     if (__builtin_expect(v->outer_mask & ~everything, 0)) {
         hold_pending(v->outer_mask & ~everything);
         set_mask(&everything, NULL);
     }
     held.running = true;
+    v->device_raised = v->device_interrupted = false;
     v->active_mask = v->has_sigmask ? v->sigmask : v->outer_mask;
 }
 
@@ -171,9 +209,10 @@ static void send_sigbus(u64 hva)
 
 void ak_signals_leave(struct ak_vcpu *v)
 {
-    held.running = false;
+    held.running = v->outer_info != NULL;
+    held.vcpu = v->outer_vcpu;
     set_mask(&v->outer_mask, NULL);
-    if (__builtin_expect(held.signals != 0, 0))
+    if (__builtin_expect(held.signals != 0 && !held.running, 0)) /* inside of another KVM_RUN what waits goes on waiting */
         release_held();
     if (v->sigbus_hva) {
         send_sigbus(v->sigbus_hva); /* now that the caller's mask decides, as in the kernel */
@@ -212,7 +251,7 @@ bool ak_signal_waits(const struct ak_vcpu *v)
 {
     u64 pending = 0;
     syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
-    return deliverable(v, pending | held.signals);
+    return v->device_interrupted || deliverable(v, pending | held.signals);
 }
 
 /* signal_pending() under the active mask. */

@@ -77,9 +77,12 @@ int ak_vcpu_dead(struct ak_vcpu *v)
     return v->broken ? -EIO : ak_vm_dead(v->vm);
 }
 
-/* vcpu->mutex. What the engine allocates on this thread is this vCPU's from now on. */
+/* vcpu->mutex. What the engine allocates on this thread is this vCPU's from now on. 0, or -EDEADLK: from inside a device's
+ * fault handler that the vCPU's VM waits for. */
 int ak_vcpu_lock(struct ak_vcpu *v)
 {
+    if (__builtin_expect(ak_device_deadlock(v->vm), 0))
+        return -EDEADLK;
     int r = pthread_mutex_lock(&v->mutex);
     v->outer_heap = ak_heap;
     ak_heap = v->heap;
