@@ -361,9 +361,9 @@ INNER: list[tuple[object, str]] = [
     (memslots.AddressSpace, "replace"),
     (memslots.Memslots, "_commit"),
     (vcpu, "map_shared"),
-    (vcpu.FILES, "create"),
-    (vcpu.FILES, "install"),
-    (vcpu.FILES, "_sweep"),
+    (FILES, "create"),
+    (FILES, "install"),
+    (FILES, "_sweep"),
     (vm.Vm, "__init__"),
 ]
 """What an ioctl goes through on its way."""

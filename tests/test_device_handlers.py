@@ -20,7 +20,7 @@ from anykvm import MemoryFault, abi
 from anykvm.backends.soft import DeviceMapping, SoftBackend, poison, system, unpoison, vcpu_state, vm
 from anykvm.backends.soft.files import FILES
 from anykvm.backends.soft.guest_memfd import fail_page
-from machine import Machine
+from anykvm.testing.machine import Machine
 
 pytestmark = pytest.mark.timeout(30, method="thread")  # a deadlock is in C: no signal handler would end it
 

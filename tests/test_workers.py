@@ -169,3 +169,12 @@ def test_a_busy_interpreter_does_not_lose_a_wakeup() -> None:
     for thread in threads:
         thread.join()
     assert len(done) == 2400
+
+
+def test_the_c_librarys_own_signals_reach_every_thread_of_ours() -> None:
+    """setuid() stops all threads by a signal of its own: a thread that blocks it hangs the program."""
+    program = (
+        "import os, anykvm; kvm = anykvm.open('soft'); vm = kvm.create_vm(); vcpu = vm.create_vcpu();"
+        "os.setgid(os.getgid()); os.setuid(os.getuid()); vm.close(); kvm.close()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)

@@ -19,7 +19,6 @@
 
 #define MAX_IDLE 2
 #define STACK (4ul << 20) /* room for the interpreter's recursion limit; only what is used costs memory */
-#define KERNEL_SIGSET 8
 #define NOWHERE (-1)
 #define WAKING_NS 3000
 #define LOOKING_NS 30000
@@ -117,10 +116,11 @@ static void *work(void *argument)
     return NULL;
 }
 
-/* A new thread, with every signal blocked: none of the program's is for it. 0 or a negative errno. */
+/* A new thread, with every signal blocked: none of the program's is for it. sigfillset() leaves out the C library's own, by
+ * which setuid() has each thread change its user. 0 or a negative errno. */
 static int start(struct worker *w)
 {
-    unsigned long all = ~0ul, old;
+    sigset_t all, old;
     pthread_attr_t attributes;
     pthread_t thread;
     int r = pthread_attr_init(&attributes);
@@ -128,9 +128,10 @@ static int start(struct worker *w)
         return -r;
     pthread_attr_setstacksize(&attributes, STACK);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &old, KERNEL_SIGSET);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
     r = pthread_create(&thread, &attributes, work, w);
-    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &old, NULL, KERNEL_SIGSET);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
     pthread_attr_destroy(&attributes);
     return -r;
 }

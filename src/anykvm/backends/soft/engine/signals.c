@@ -18,6 +18,13 @@
 /* All signals but those that a thread raises by what it executes. */
 static const u64 everything = ~(BIT(SIGSEGV) | BIT(SIGBUS) | BIT(SIGILL) | BIT(SIGFPE) | BIT(SIGTRAP));
 
+/* The C library's own: it stops a process's threads by them, for setuid() say, and waits for each to answer. */
+#ifdef __GLIBC__
+static const u64 of_libc = BIT(32) | BIT(33);
+#else
+static const u64 of_libc = BIT(32) | BIT(33) | BIT(34);
+#endif
+
 /* rt_sigprocmask() itself: twice in each KVM_RUN, and glibc's wrapper costs as much as a third of it. */
 static void change_mask(int how, const u64 *set, u64 *old)
 {
@@ -29,11 +36,11 @@ static void set_mask(const u64 *set, u64 *old)
     change_mask(SIG_SETMASK, set, old);
 }
 
-/* Block every signal: for a thread that is none of the program's, which must not take one that the program waits for.
+/* Block every signal of the program: for a thread that is none of the program's, which must not take one that the program waits for.
  * Those of faults too: such a thread touches no guest memory. Returns the mask to restore. */
 u64 ak_signals_block(void)
 {
-    const u64 all = ~0ull;
+    const u64 all = ~of_libc;
     u64 old;
     set_mask(&all, &old);
     return old;
