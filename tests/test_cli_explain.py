@@ -37,7 +37,7 @@ def image(code: bytes | str, name: str = "image") -> str:
 
 
 def explain(code: bytes | str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return anykvm("explain", image(code), *arguments)
+    return anykvm("explain", image(code), *arguments, "--backend", "soft")
 
 
 def found(code: bytes | str, *arguments: object) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -58,7 +58,7 @@ def test_every_ioctl_from_inside_of_a_handler(machine: Machine, ram: int, told: 
     """System ioctls do what they do elsewhere; those of the VM and its vCPU that would have to wait are EDEADLK."""
     backend = SoftBackend()
     buffer = ctypes.create_string_buffer(16384)
-    tables = {"kvm": system._HANDLERS, "vm": vm._HANDLERS, "vcpu": vcpu_state.HANDLERS}
+    tables: dict[str, Iterable[int]] = {"kvm": system._HANDLERS, "vm": vm._HANDLERS, "vcpu": vcpu_state.HANDLERS}
     asks = [(kind, request) for kind, table in tables.items() for request in (*table, abi.KVM_RUN)]
     asks += [("second", request) for request in (*vcpu_state.HANDLERS, abi.KVM_RUN)]
     second = machine.vm.create_vcpu(1)

@@ -231,7 +231,7 @@ def test_the_page_is_written_whole_or_not_at_all(soft: Backend, make: Make, tmp_
 class TestCommand:
     def test_table_and_report(self, make: Make, tmp_path: Path) -> None:
         path = make(20 * PAGE + 5)
-        done = run_command("postcopy", path.name, cwd=tmp_path)
+        done = run_command("postcopy", path.name, "--backend", "soft", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         crc = f"{zlib.crc32(path.read_bytes()):08x}"
         assert f"guest {crc}, zlib {crc}: equal" in done.stdout
@@ -241,7 +241,17 @@ class TestCommand:
 
     def test_json_alone_is_on_stdout(self, make: Make, tmp_path: Path) -> None:
         path = make(20 * PAGE)
-        options = ("--json", "--order", "sequential", "--prefetch", 3, "--html", tmp_path / "r.html")
+        options = (
+            "--backend",
+            "soft",
+            "--json",
+            "--order",
+            "sequential",
+            "--prefetch",
+            3,
+            "--html",
+            tmp_path / "r.html",
+        )
         done = run_command("postcopy", path, *options)
         assert (done.returncode, done.stderr) == (0, "")
         found = json.loads(done.stdout)
@@ -259,7 +269,9 @@ class TestCommand:
         assert "the Annotate layer works it out" in (tmp_path / "r.html").read_text()
         found = json.loads(run_command("postcopy", path, "--profile", "linux-7.3", "--json", "--no-html").stdout)
         assert (found["layers"], found["faults"]) == (["Annotate"], 21)
-        assert json.loads(run_command("postcopy", path, "--json", "--no-html").stdout)["layers"] == []
+        assert (
+            json.loads(run_command("postcopy", path, "--json", "--no-html", "--backend", "soft").stdout)["layers"] == []
+        )
 
     def test_a_failure_names_the_backend_and_why(
         self, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -290,14 +302,14 @@ class TestCommand:
 
     def test_no_html(self, make: Make, tmp_path: Path) -> None:
         path = make(PAGE)
-        assert run_command("postcopy", path.name, "--no-html", cwd=tmp_path).returncode == 0
+        assert run_command("postcopy", path.name, "--backend", "soft", "--no-html", cwd=tmp_path).returncode == 0
         assert os.listdir(tmp_path) == [path.name]
 
     def test_a_file_name_that_is_not_text(self, tmp_path: Path) -> None:
         path = os.fsencode(tmp_path) + b"/\xff[red]<b>"
         Path(os.fsdecode(path)).write_bytes(b"x" * 5000)
         for options in ((), ("--json",)):
-            done = run_command("postcopy", os.fsdecode(path), *options, cwd=tmp_path)
+            done = run_command("postcopy", os.fsdecode(path), "--backend", "soft", *options, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
         assert "&lt;b&gt;" in (tmp_path / "postcopy.html").read_text()
 
@@ -329,7 +341,7 @@ class TestCommand:
         with open(tmp_path / "large", "wb") as file:
             file.truncate(2 << 30)
         process = subprocess.Popen(
-            command("postcopy", "large", "--order", "sequential"),
+            command("postcopy", "large", "--backend", "soft", "--order", "sequential"),
             cwd=tmp_path,
             env=environment(),
             stdout=subprocess.PIPE,
@@ -370,7 +382,7 @@ class TestCommand:
     @staticmethod
     def in_process(*arguments: object) -> int:
         with pytest.raises(SystemExit) as info:
-            main(["postcopy", *(str(argument) for argument in arguments)])
+            main(["postcopy", "--backend", "soft", *(str(argument) for argument in arguments)])
         assert isinstance(info.value.code, int)
         return info.value.code
 
