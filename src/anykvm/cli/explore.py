@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from anykvm.cli.common import ExitCode, Fail, JsonOption, print_json
+from anykvm.cli.common import ExitCode, Fail, JsonOption
+from anykvm.cli.output import print_json
 from anykvm.explorer import (
     ARCHITECTURES,
     DEPTH,
