@@ -63,6 +63,7 @@ static void *ticker(void *unused)
 {
     u32 quiet = 0;
     (void)unused;
+    pthread_setname_np(pthread_self(), "anykvm-ticker"); /* not its maker's */
     /* A table of descriptors of its own, an empty one: the program may have used up its own, and poke.c needs one. */
     syscall(SYS_close_range, 0, ~0u, CLOSE_RANGE_UNSHARE);
     pthread_mutex_lock(&ticker_lock);
