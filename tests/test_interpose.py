@@ -148,8 +148,12 @@ def pythons() -> list[str]:
     ]
     found = {sys.executable}
     for folder in folders:
-        for path in Path(folder).glob("python3*"):
-            real = path.resolve()
+        try:
+            names = os.listdir(folder)
+        except OSError:  # another user's, or not there
+            continue
+        for name in names:
+            real = Path(folder, name).resolve() if name.startswith("python3") else Path()
             if re.fullmatch(r"python3(\.\d+)?", real.name) and os.access(real, os.X_OK) and "shims" not in real.parts:
                 found.add(str(real))
     return sorted(found)

@@ -1,8 +1,8 @@
 /* Stands in front of C library functions for everything that is loaded in this process: the dynamic linker's table of
  * each object (its GOT) is made to point to ours. Needed because a memfd cannot refuse what a guest_memfd refuses
  * (gmem_file.c); nothing is replaced before the first guest_memfd exists. What is loaded later follows (dlopen()), and
- * what is looked up by name (dlsym(), as Python's ctypes does). Objects that were linked statically, raw system calls and
- * addresses looked up before are not reached.
+ * what is looked up by name (dlsym(), as Python's ctypes does). Objects that were linked statically, those of another
+ * namespace (dlmopen()) or with a sealed GOT, raw system calls and addresses looked up before are not reached.
  *
  * Nothing here depends on how the program or its Python was linked (originals.c says what that is about). */
 #define _GNU_SOURCE
@@ -11,14 +11,11 @@
 #include <elf.h>
 #include <errno.h>
 #include <link.h>
-#include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
 
 static struct ak_interposed *table;
 static size_t table_size;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-
 static void *our_dlopen(const char *name, int flags);
 static void *our_dlsym(void *handle, const char *name);
 static struct ak_interposed our_loader[] = {{.name = "dlopen", .ours = (void *)our_dlopen},
@@ -57,7 +54,7 @@ static int store(const struct object *o, void **slot, void *value)
     uintptr_t from = (uintptr_t)slot & ~(uintptr_t)(AK_PAGE_SIZE - 1);
     bool read_only = from >= o->relro && from < o->relro_end;
     if (read_only && mprotect((void *)from, AK_PAGE_SIZE, PROT_READ | PROT_WRITE))
-        return -errno;
+        return errno == ENOMEM ? -ENOMEM : 0; /* else it is sealed, or a security module forbids it: for good */
     __atomic_store_n(slot, value, __ATOMIC_RELEASE);
     if (read_only)
         mprotect((void *)from, AK_PAGE_SIZE, PROT_READ);
@@ -142,22 +139,22 @@ static int patch_object(struct dl_phdr_info *info, size_t size, void *context)
     if (!o.symbols || !o.strings)
         return 0;
     o.looks_up =
-        holds(info, patching->interpreter) || strstr(o.name, "/_ctypes.") || strstr(o.name, "/_cffi_backend.");
+        holds(info, patching->interpreter) || strstr(o.name, "/_ctypes.") || strstr(o.name, "/_cffi_backend.") ||
+        strstr(o.name, "/libpython"); /* loaded RTLD_LOCAL, its names are not found */
     o.loads = o.looks_up || (!*o.name && !runpath);
     int first = patch(&o, rela, rela_bytes), second = patch(&o, jumps, jump_bytes);
     patching->failed = patching->failed ?: first ?: second;
     return 0;
 }
 
-/* 0 or a negative errno: an object could not be patched. */
+/* 0 or a negative errno: an object could not be patched. No lock of ours is held meanwhile: dl_iterate_phdr() keeps other
+ * threads out, and a lock that a constructor may want in another thread's dlopen() would be waited for for ever. */
 static int patch_all(void)
 {
     static struct ak_interposed python = {.name = "PyGILState_Ensure"};
-    pthread_mutex_lock(&lock);
     int code = python.real || !dlsym(RTLD_DEFAULT, python.name) ? 0 : ak_find_originals(&python, 1);
     struct patching patching = {.interpreter = (uintptr_t)python.real, .failed = code};
     dl_iterate_phdr(patch_object, &patching);
-    pthread_mutex_unlock(&lock);
     return patching.failed;
 }
 
