@@ -259,7 +259,7 @@ def mmx_form(opcode: int | None, rex: int, modrm: int) -> bytes:
 
 @pytest.mark.parametrize("rex", [0x44, 0x45, 0x4C, 0x4F])
 def test_rex_r_names_no_ninth_mmx_register(machine: Machine, rex: int) -> None:
-    """REX.R before SSSE3's MMX forms: ignored. The engine wrote behind its registers: the rounding mode, MXCSR, XMM0."""
+    """REX.R before SSSE3's MMX forms is ignored. The engine wrote beyond its registers: rounding mode, MXCSR, XMM0."""
     for opcode, register in itertools.product([*SSSE3_MMX, None], range(8)):
         states = []
         for prefix in (0, rex):

@@ -151,6 +151,17 @@ void __wrap_gen_intermediate_code_x86_64(struct CPUState *cpu, struct Translatio
         ak_code_span_rest(v, host_page(v->env, end - 1), (u32)(end & ~AK_PAGE_MASK));
 }
 
+/* The rest of a translation. No translated code runs meanwhile, of which a trap could be (trap.c). */
+extern int __real_tcg_gen_code_x86_64(struct TCGContext *, struct TranslationBlock *);
+int __wrap_tcg_gen_code_x86_64(struct TCGContext *tcg, struct TranslationBlock *tb)
+{
+    struct ak_vcpu *v = ak_current;
+    v->translating = 1;
+    int size = __real_tcg_gen_code_x86_64(tcg, tb);
+    v->translating = 0;
+    return size;
+}
+
 /* Emulation and stepping end with their instruction: no jump from one block straight into the next. */
 void *__wrap_helper_lookup_tb_ptr_x86_64(struct CPUX86State *env)
 {
