@@ -1,5 +1,4 @@
-"""Children that work through cases. One that dies, hangs or reports damage has found something; another goes on with the
-next case."""
+"""Children that work through cases. One that dies, hangs or reports damage has a finding; another takes its place."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ class Report:
 def _work(shared: mmap.mmap, errors: int, start: int, count: int, seed: int, until: float) -> None:
     """In the child."""
     os.dup2(errors, 2)
-    bed = Bed(errors)
+    bed = Bed(errors, seed)
     for number in range(start, start + count):
         if (number - start) % EVERY == 0:
             bed.check()
@@ -54,7 +53,7 @@ def _work(shared: mmap.mmap, errors: int, start: int, count: int, seed: int, unt
             if time.monotonic() > until:
                 break
         _STATE.pack_into(shared, 0, number, _STATE.unpack_from(shared)[1], 0)
-        bed.execute(case(number, seed), seed)
+        bed.execute(case(number, seed))
     else:
         number = start + count
         bed.check()

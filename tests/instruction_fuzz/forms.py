@@ -11,7 +11,8 @@ from instruction_fuzz.modes import MODES
 MAPS = (b"", b"\x0f", b"\x0f\x38", b"\x0f\x3a")
 PREFIXES = (b"", b"\x66", b"\xf2", b"\xf3", b"\x66\xf2", b"\x67", b"\xf0", b"\x64\x66\x67")
 REXES = (0, 0x40, 0x48, 0x44, 0x4F, 0x4D)
-IMMEDIATES = (0x00, 0x01, 0x07, 0x0F, 0x10, 0x1F, 0x20, 0x3F, 0x40, 0x7F, 0x80, 0xF4, 0xFE, 0xFF)
+IMMEDIATES = (0x00, 0x01, 0x07, 0x0F, 0x10, 0x1F, 0x20, 0x3F, 0x40, 0x80, 0xF4, 0xFE, 0xFF)
+# and not 7F, which is a jump where no immediate is wanted
 ADDRESSES = (
     b"\x03",
     b"\x06",
@@ -19,7 +20,7 @@ ADDRESSES = (
     b"\x85\x00\x00\x06\x00",
     b"\x04\x25\x00\x00\x06\x00",
 )  # ModRM less its reg
-SPACE = len(MODES) * len(MAPS) * 256 * len(PREFIXES) * len(REXES) * 8 * (1 + len(ADDRESSES))
+SPACE = len(MODES) * len(MAPS) * 256 * len(PREFIXES) * len(REXES) * 8 * 2 * len(ADDRESSES)
 STRIDE = next(n for n in range(int(SPACE * 0.6180339887), SPACE) if math.gcd(n, SPACE) == 1)
 PAGE_OF_CODE = 4000
 
@@ -32,7 +33,8 @@ class Case:
     mode: str
     code: bytes
     kind: str
-    """"one" instruction, a "page" of it, or "random" bytes."""
+    """"one" instruction, a "page" of it, "random" bytes, or one on "registers" that meet all extremes."""
+    copies: int = 1
 
 
 def one_instruction(index: int, wide: bool, random: Random) -> tuple[bytes, int]:
@@ -42,8 +44,8 @@ def one_instruction(index: int, wide: bool, random: Random) -> tuple[bytes, int]
     index, prefix = divmod(index, len(PREFIXES))
     index, rex = divmod(index, len(REXES))
     index, reg = divmod(index, 8)
-    index, address = divmod(index, 1 + len(ADDRESSES))
-    if address == len(ADDRESSES):
+    index, address = divmod(index, 2 * len(ADDRESSES))
+    if address >= len(ADDRESSES):
         modrm = bytes([0xC0 | reg << 3 | random.randrange(8)])
     else:
         modrm = bytes([ADDRESSES[address][0] | reg << 3]) + ADDRESSES[address][1:]
@@ -52,6 +54,29 @@ def one_instruction(index: int, wide: bool, random: Random) -> tuple[bytes, int]
         vex = bytes([0xC4, random.getrandbits(3) << 5 | random.randrange(1, 4), random.getrandbits(8)])
         return start[:1] * (random.random() < 0.1) + vex + bytes([opcode]) + modrm + immediate(random), index
     return start + MAPS[opcode_map] + bytes([opcode]) + modrm + immediate(random), index
+
+
+def on_registers(wide: bool, random: Random) -> bytes:
+    """An instruction of the common forms, on registers."""
+    prefix = random.choice((b"", b"", b"\x66", b"\xf2", b"\xf3"))
+    rex = b"\x48" if wide and random.random() < 0.4 else b""
+    modrm = 0xC0 | random.getrandbits(6)
+    return prefix + rex + random.choice(MAPS) + bytes([random.getrandbits(8), modrm]) + immediate(random)
+
+
+_LEGACY = b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3"
+_GO_ELSEWHERE = {*range(0x6C, 0x80), 0x9A, 0x9D, *range(0xA4, 0xA8), *range(0xAA, 0xB0), 0xC2, 0xC3, *range(0xCA, 0xD0)}
+_GO_ELSEWHERE |= {*range(0xE0, 0xE4), *range(0xE8, 0xEC), 0xF1, 0xF4, 0xFF}
+
+
+def may_stay(code: bytes, bits: int) -> bool:
+    """Whether an instruction may be where its guest is for ever: a jump, a return, or one that is repeated."""
+    code = code.lstrip(_LEGACY)
+    if bits == 64 and code[:1] and code[0] & 0xF0 == 0x40:
+        code = code[1:]
+    if code[:1] == b"\x0f":
+        return code[1:2] == b"" or code[1] in {0x05, 0x07, 0x0B, 0x34, 0x35, 0xAA, *range(0x80, 0x90)}
+    return code == b"" or code[0] in _GO_ELSEWHERE
 
 
 def immediate(random: Random) -> bytes:
@@ -66,8 +91,12 @@ def case(number: int, seed: int = 0) -> Case:
     chosen = MODES[mode]
     code, _ = one_instruction(index, chosen.bits == 64, random)
     kind = random.random()
-    if kind < 0.02:
-        return Case(number, chosen.name, code * (PAGE_OF_CODE // len(code)), "page")
+    if kind < 0.05:
+        code = code[: random.choice((2, 3, 4, 5, 5, 6, len(code)))]
+        copies = PAGE_OF_CODE // len(code)
+        return Case(number, chosen.name, code * copies, "page", copies)
     if kind < 0.10:
         return Case(number, chosen.name, random.randbytes(random.choice((15, 40, 200))), "random")
+    if kind < 0.13:
+        return Case(number, chosen.name, on_registers(chosen.bits == 64, random), "registers")
     return Case(number, chosen.name, code, "one")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
+from collections.abc import Iterator
 from random import Random
 
 from anykvm.abi.structures import kvm_regs, kvm_xsave
@@ -49,6 +51,11 @@ SINGLES = [
 ]
 
 
+EXTREMES = [0, 1, (1 << 64) - 1, 1 << 31, 1 << 63, 1 << 15, 1 << 7, (1 << 31) - 1, (1 << 63) - 1, 0xFFFFFFFF, DATA]
+POOL = 509
+"""How many sets of general registers there are; 61 of x87 and SSE state."""
+
+
 def integer(random: Random) -> int:
     """A boundary, a place, a selector, or anything."""
     kind = random.random()
@@ -59,12 +66,16 @@ def integer(random: Random) -> int:
     return random.choice(SELECTORS) if kind < 0.87 else random.getrandbits(64)
 
 
-def registers(mode: Mode, random: Random) -> kvm_regs:
-    """General registers; RIP is at the case's code, RSP mostly at a stack."""
-    regs = kvm_regs(**{name: integer(random) & (1 << 64) - 1 for name in GENERAL})
+def registers(random: Random) -> kvm_regs:
+    """General registers: each anything, or all of them from three values, so that extremes meet each other."""
+    if random.random() < 0.5:
+        few = random.sample(EXTREMES, 3)
+        regs = kvm_regs(**{name: random.choice(few) for name in GENERAL})
+    else:
+        regs = kvm_regs(**{name: integer(random) & (1 << 64) - 1 for name in GENERAL})
     regs.rip = CODE
     regs.rsp = STACK if random.random() < 0.9 else integer(random) & (1 << 64) - 1
-    regs.rflags = mode.flags | random.getrandbits(64) & FLAGS
+    regs.rflags = random.getrandbits(64) & FLAGS
     if random.random() < 0.1:
         regs.rflags |= random.getrandbits(64) & FLAGS_RARE
     return regs
@@ -107,3 +118,30 @@ def xsave(fcw: int, fsw: int, ftw: int, mxcsr: int, st: bytes, xmm: bytes) -> kv
 
 
 INITIAL = xsave(0x37F, 0, 0, 0x1F80, bytes(128), bytes(256))
+
+
+def extremes() -> Iterator[kvm_regs]:
+    """RAX, RDX and all others each 0, -1 and the most negative number of each width."""
+    for bits in (8, 16, 32, 64):
+        for rax, rdx, rest in itertools.product((0, (1 << 64) - 1, 1 << (bits - 1)), repeat=3):
+            regs = kvm_regs(**dict.fromkeys(GENERAL, rest))
+            regs.rax, regs.rdx, regs.rip, regs.rsp = rax, rdx, CODE, STACK
+            yield regs
+
+
+class Pools:
+    """Sets of operands, made once: making them takes longer than executing them."""
+
+    def __init__(self, seed: int) -> None:
+        random = Random(f"operands {seed}")
+        self.registers = [registers(random) for _ in range(POOL)]
+        self.floating = [floating(random) for _ in range(61)]
+
+        self.extremes = list(extremes())
+
+    def pick(self, mode: Mode, number: int, extreme: bool = False) -> tuple[kvm_regs, kvm_xsave]:
+        """The operands of a number, in a mode."""
+        pool = self.extremes if extreme else self.registers
+        regs = kvm_regs.from_buffer_copy(pool[number % len(pool)])
+        regs.rflags |= mode.flags
+        return regs, self.floating[number % len(self.floating)]

@@ -21,6 +21,7 @@
  *   loads.c, stores.c, atomic.c   accesses that translated code does not do by itself
  *   divide.c, string_compare.c   instructions that the engine's own helpers cannot do for every operand
  *   trap.c        host traps in the engine; the host's floating-point modes
+ *   nested.c      SVM and SMM, which a guest must not reach
  */
 #pragma once
 #include <signal.h>
