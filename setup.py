@@ -22,6 +22,7 @@ WRAPPED = (
     "cpu_ldq_code",
     "gen_intermediate_code",
     "translator_loop",
+    "tcg_gen_code",
     "helper_into",
     "helper_load_seg",
     "helper_lldt",

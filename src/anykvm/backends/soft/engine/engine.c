@@ -211,7 +211,9 @@ static void __attribute__((noinline)) enter(struct ak_vcpu *v)
     ak_check_code(v);
     v->interruptible = 0;
     ak_deliver_pending(v);
+    struct ak_float thread = ak_float_enter();
     int r = cpu_exec_x86_64(v->uc, cpu);
+    ak_float_leave(thread);
     if (v->delivering)
         ak_delivery_failed(v);
     if (v->exit.kind == AK_EXIT_SHUTDOWN) { /* an instruction that was being emulated has ended too */

@@ -23,6 +23,9 @@
  *   translate.c   what is translated differently        decode.c    of which instructions
  *   state.c       regs, sregs, fpu
  *   loads.c, stores.c, atomic.c   accesses that translated code does not do by itself
+ *   divide.c, string_compare.c   instructions that the engine's own helpers cannot do for every operand
+ *   trap.c        host traps in the engine; the host's floating-point modes
+ *   nested.c      SVM and SMM, which a guest must not reach
  */
 #pragma once
 #include <signal.h>
@@ -394,6 +397,15 @@ bool ak_host_equal(u64 hva, const void *bytes, u64 size);
 int ak_copy_in(void *to, u64 from, u64 size);   /* copy_from_user(): 0 or -EFAULT */
 int ak_copy_out(u64 to, const void *from, u64 size);
 
+/* trap.c */
+#define AK_MXCSR_DEFAULT 0x1f80u
+struct ak_float {
+    u32 mxcsr;
+    u16 control;       /* of the x87 unit */
+};
+struct ak_float ak_float_enter(void);
+void ak_float_leave(struct ak_float mine);
+
 /* hva.c, dirty.c */
 int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned);
 u32 ak_hva_to_pfn(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
@@ -444,6 +456,7 @@ struct ak_translation {
 int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 int ak_emulator_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 void ak_restart(struct ak_vcpu *v, bool kick, uintptr_t retaddr) __attribute__((noreturn));
+bool ak_in_code(const struct ak_vcpu *v, uintptr_t pc);
 
 /* attributes.c */
 bool ak_gfn_is_private(const struct ak_vm *vm, u64 gfn);

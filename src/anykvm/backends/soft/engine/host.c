@@ -1,7 +1,8 @@
 /* Host memory that may not be there. Guest memory is the process's own, so the host's MMU is the second stage of the
  * guest's: what it refuses arrives here as SIGSEGV or SIGBUS. Two cases are ours: an access under a guard (a TLB fill
  * probing a page, a copy from or to the caller), and an access by guest code whose mapping changed behind our back
- * (fault.c leaves the guest precisely). A third is the ticker's (poke.c): a fault waits for its handler and a signal
+ * (fault.c leaves the guest precisely). So is a trap of the engine itself, for which SIGILL and SIGFPE are taken too
+ * (trap.c). A last one is the ticker's (poke.c): a fault waits for its handler and a signal
  * waits for the thread. What somebody sent waits until KVM_RUN is over (signals.c). Everything else goes to whoever
  * handled the signal before. */
 #define _GNU_SOURCE
@@ -17,10 +18,18 @@ struct guard {
     u64 address;
 };
 static __thread struct guard guard __attribute__((tls_model("initial-exec"))); /* no allocation in a handler */
-static struct sigaction previous[2];
+static const int signals[4] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+static struct sigaction previous[4];
 
 bool ak_at_guest_access(struct ak_vcpu *v, const ucontext_t *context);
 bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why, ucontext_t *uc);
+bool ak_engine_trap(struct ak_vcpu *v, int signo, const ucontext_t *context);
+void ak_float_of_interrupted(const ucontext_t *context);
+
+static struct sigaction *previous_of(int signo)
+{
+    return &previous[signo == SIGSEGV ? 0 : signo == SIGBUS ? 1 : signo == SIGILL ? 2 : 3];
+}
 
 static enum ak_host_fault classify(int signo, const siginfo_t *si)
 {
@@ -31,7 +40,7 @@ static enum ak_host_fault classify(int signo, const siginfo_t *si)
 
 static void pass_on(int signo, siginfo_t *si, void *context)
 {
-    struct sigaction *old = &previous[signo == SIGBUS];
+    struct sigaction *old = previous_of(signo);
     if (old->sa_flags & SA_SIGINFO)
         old->sa_sigaction(signo, si, context);
     else if (old->sa_handler != SIG_DFL && old->sa_handler != SIG_IGN)
@@ -57,12 +66,31 @@ static void on_poke(u64 pc, ucontext_t *context)
         if (!v->interruptible)
             return;
         guard.outcome = AK_HOST_INTERRUPTED;
+        ak_float_of_interrupted(context);
         siglongjmp(guard.env, 1);
     }
     if (v->emulation == AK_NATIVE && (u64)context->uc_mcontext.gregs[REG_RIP] == pc && ak_at_guest_access(v, context)) {
         ak_kick(v);
         ak_guest_host_fault(v, pc, AK_HOST_INTERRUPTED, context);
     }
+}
+
+/* A fault of this thread's own. Does not return if it is ours: of an access under a guard, or of a guest. */
+static void on_fault(int signo, siginfo_t *si, void *context)
+{
+    if (signo == SIGSEGV || signo == SIGBUS) {
+        enum ak_host_fault why = classify(signo, si);
+        if (guard.armed) {
+            guard.outcome = why;
+            guard.address = (u64)si->si_addr;
+            ak_float_of_interrupted(context);
+            siglongjmp(guard.env, 1);
+        }
+        if (ak_current)
+            ak_guest_host_fault(ak_current, (u64)si->si_addr, why, context);
+    }
+    if (ak_current)
+        ak_engine_trap(ak_current, signo, context);
 }
 
 static void on_signal(int signo, siginfo_t *si, void *context)
@@ -73,18 +101,8 @@ static void on_signal(int signo, siginfo_t *si, void *context)
         errno = saved;
         return;
     }
-    if (si->si_code > 0) { /* from the kernel: a fault of this thread, not kill() */
-        enum ak_host_fault why = classify(signo, si);
-        if (guard.armed) {
-            guard.outcome = why;
-            guard.address = (u64)si->si_addr;
-            siglongjmp(guard.env, 1);
-        }
-        if (ak_current && ak_guest_host_fault(ak_current, (u64)si->si_addr, why, context)) {
-            errno = saved;
-            return;
-        }
-    }
+    if (si->si_code > 0) /* from the kernel: a fault of this thread, not kill() */
+        on_fault(signo, si, context);
     errno = saved;
     if (si->si_code > 0 || !ak_hold_signal(si))
         pass_on(signo, si, context);
@@ -94,8 +112,7 @@ static void on_signal(int signo, siginfo_t *si, void *context)
  * leave the signal blocked. SA_ONSTACK is not set: guest code runs on this thread's own stack. */
 int ak_host_init(void)
 {
-    static const int signals[2] = {SIGSEGV, SIGBUS};
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 4; i++) {
         struct sigaction now, ours = {.sa_flags = SA_SIGINFO | SA_NODEFER | SA_RESTART};
         ours.sa_sigaction = on_signal;
         sigemptyset(&ours.sa_mask);
@@ -116,7 +133,7 @@ void ak_host_disposition(int signo, struct sigaction *action)
     if (sigaction(signo, NULL, action))
         *action = (struct sigaction){.sa_handler = SIG_DFL};
     if ((action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_signal)
-        *action = previous[signo == SIGBUS];
+        *action = *previous_of(signo);
 }
 
 /* An access under the guard; `refused` runs if the host refuses it, with guard.outcome. */
