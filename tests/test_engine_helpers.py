@@ -16,7 +16,8 @@ import pytest
 import anykvm
 from anykvm import Hlt
 from anykvm.abi.structures import kvm_regs
-from machine import CODE, DATA, STACK, Machine, assemble
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, DATA, STACK, Machine
 
 BLOB, IN, OUT = 0x100000, 0x400000, 0x800000
 FLAGS = 0x8D5  # O S Z A P C

@@ -19,8 +19,8 @@ import pytest
 import anykvm
 from anykvm import Exit, GuestMemory, Hlt, InternalError, MemoryFault, abi
 from anykvm.backends.soft import engine
+from anykvm.testing.assembler import assemble
 from anykvm.vmm import modes
-from machine import assemble
 
 LIBRARY = Path(engine.__file__).parent / "libanykvm_engine.so"
 #: Not a jump out of the engine: nothing then says whose it was.
