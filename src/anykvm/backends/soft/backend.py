@@ -16,14 +16,12 @@ from anykvm.backends.soft.files import FILES
 from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.run import kvm_run
 from anykvm.backends.soft.system import open_system
-from anykvm.backends.soft.vcpu import VcpuFile
 from anykvm.host.libc import munmap
 from anykvm.host.ranges import PAGE_SIZE
 
 _U32: Final = 0xFFFFFFFF
 _U64: Final = 0xFFFFFFFFFFFFFFFF
 _KVM_RUN: Final = KVM_RUN
-_running: Final = FILES.running
 
 
 class SoftBackend:
@@ -68,19 +66,20 @@ class SoftBackend:
         return open_system(self._profile)
 
     def ioctl(self, fd: int, request: int, arg: int = 0) -> int:
-        """Do one ioctl; see ``Backend.ioctl``. KVM_RUN on a descriptor known to be a vCPU goes first and straight."""
+        """Do one ioctl; see ``Backend.ioctl``. KVM_RUN on what is a vCPU goes first and straight."""
         if request == _KVM_RUN:
-            vcpu = _running.get(fd)
-            if vcpu is not None:
-                return kvm_run(vcpu, arg)
+            try:
+                if kvm_run(fd, arg):
+                    return 0
+            except OverflowError:  # no descriptor has such a number
+                pass
         return self._ioctl(fd, request & _U32, arg & _U64)
 
     def _ioctl(self, fd: int, request: int, arg: int) -> int:
         try:
             file = FILES.get(fd)
-            if request == _KVM_RUN and isinstance(file, VcpuFile):
-                _running[fd] = file
-                return self.ioctl(fd, request, arg)
+            if request == _KVM_RUN and file.vcpu_address and kvm_run(fd, arg):  # the request had upper bits
+                return 0
             return file.ioctl(request, arg)
         except Refused as refused:
             raise ioctl_error(refused.errno, request, refused.detail) from None

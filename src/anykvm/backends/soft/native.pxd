@@ -63,6 +63,8 @@ cdef extern from "engine.h" nogil:
         AK_COMPLETE_MMIO_WRITE
         AK_COMPLETE_HYPERCALL
 
+    ak_vcpu *ak_vcpu_get(long long fd)
+    bint ak_vcpu_put(ak_vcpu *v)
     int ak_vcpu_dead(ak_vcpu *v)
     int ak_vcpu_lock(ak_vcpu *v)
     void ak_vcpu_unlock(ak_vcpu *v)
@@ -89,6 +91,3 @@ cdef extern from "engine.h" nogil:
     bint ak_send_hwpoison_signal(ak_vcpu *v)
 
 ctypedef ak_vcpu *vcpu_p
-
-cdef inline vcpu_p vcpu_at(size_t address) noexcept nogil:
-    return <vcpu_p>address

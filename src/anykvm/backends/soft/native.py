@@ -113,13 +113,15 @@ PREDICATES = frozenset(
         "ak_send_hwpoison_signal",
         "ak_hypercall",
         "ak_dirty_ring_full",
+        "ak_vcpu_put",
     }
 )
 
 
-def vcpu_at(address: int) -> Vcpu:
-    """The vCPU at an address."""
-    return Vcpu.from_address(address)
+def ak_vcpu_get(fd: int) -> Vcpu | None:
+    """The vCPU that a descriptor stands for, held."""
+    address = library().ak_vcpu_get(fd)
+    return Vcpu.from_address(address) if address else None
 
 
 def check_layout() -> None:

@@ -12,7 +12,7 @@ from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.vcpu_state import HANDLERS, MAX_IO_MSRS
-from anykvm.host.libc import map_shared, munmap
+from anykvm.host.libc import munmap
 
 if TYPE_CHECKING:
     from anykvm.backends.soft.vm import Vm
@@ -43,10 +43,9 @@ class Vcpu:
 
 
 class VcpuFile(int, File):
-    """A vCPU's descriptor; as a number, the address of its struct ak_vcpu.
+    """A vCPU's descriptor; as a number, the address of its struct ak_vcpu, for calls of the engine.
 
-    It is a number so that KVM_RUN costs one look-up: whoever runs the vCPU holds this object meanwhile, and with it the
-    VM, as an ioctl of the kernel holds the file; closing every descriptor frees nothing under a running guest.
+    It keeps the VM, and so the vCPU. Whoever runs the vCPU holds the file (``run.kvm_run``).
     """
 
     kind = "anon_inode:kvm-vcpu"
@@ -60,6 +59,7 @@ class VcpuFile(int, File):
         self.vcpu = vcpu
         self.vm = vm
         self.mmap_size = file_size(vcpu.ring_size)
+        self.vcpu_address = vcpu.address
         return self
 
     def ioctl(self, request: int, arg: int) -> int:
@@ -102,8 +102,8 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
     fd = FILES.create(f"kvm-vcpu:{vcpu_id}", file_size(ring_size))
     pages = ring = 0
     try:
-        pages = map_shared(fd, VCPU_MMAP_SIZE, 0)
-        ring = map_shared(fd, ring_size, RING_OFFSET) if ring_size else 0
+        pages = FILES.map(fd, VCPU_MMAP_SIZE, 0)
+        ring = FILES.map(fd, ring_size, RING_OFFSET) if ring_size else 0
         address: int = library().ak_vcpu_create(vm_address, vcpu_id, pages)
         if not address:
             raise Refused(errno.ENOMEM, "no memory for a vCPU")

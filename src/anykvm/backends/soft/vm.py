@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -142,8 +143,13 @@ def _create_vcpu(vm: Vm, arg: int) -> int:
         raise Refused(errno.EEXIST, f"this vcpu_id is in use: {arg}")
     ring_size = vm.memslots.dirty.ring_size
     fd, vcpu = create_vcpu(vm.address, arg, vm.profile, bsp=arg == vm.bsp_vcpu_id, ring_size=ring_size)
+    try:
+        FILES.install(fd, VcpuFile(vcpu, vm))
+    except BaseException:
+        vcpu.destroy()
+        os.close(fd)
+        raise
     vm.vcpus[arg] = vcpu
-    FILES.install(fd, VcpuFile(vcpu, vm))
     return fd
 
 

@@ -6,6 +6,7 @@
  *   engine.c      vCPUs: create, enter, kick            mmu.c       guest page tables (first stage)
  *   fault.c       second stage, TLB fill                hva.c       host pages, asked as KVM asks
  *   dirty.c       dirty tracking                        mapped.c    what a first read dirties
+ *   files.c       which object a descriptor stands for  search.c    files that were closed without a word
  *   host.c        guarded access, SIGSEGV/SIGBUS        operand.c   which memory a host instruction accesses
  *   attributes.c  which guest frames are private        gmem.c      guest_memfd
  *   gmem_file.c   what its file refuses                 interpose.c in front of the C library
@@ -291,6 +292,7 @@ struct ak_vcpu {
     void *tlb_flush_pending;
     u32 gmem_closings;        /* those of the VM that its TLB knows of */
     struct ak_dirty_ring ring;
+    struct ak_file *file;     /* files.c */
 };
 
 /* vm.c */
@@ -305,6 +307,16 @@ int ak_vcpu_lock(struct ak_vcpu *v);
 void ak_vcpu_unlock(struct ak_vcpu *v);
 int ak_vcpu_dead(struct ak_vcpu *v);
 u32 ak_mm_generation(void);
+
+/* files.c */
+int64_t ak_file_add(int fd, struct ak_vcpu *vcpu, int own);
+int64_t ak_file_find(int64_t fd);
+int ak_file_close(int64_t fd);
+int64_t ak_file_map(int fd, u64 length, u64 offset);
+u64 ak_file_dead(void);
+void ak_file_free(u64 serial);
+struct ak_vcpu *ak_vcpu_get(int64_t fd);
+bool ak_vcpu_put(struct ak_vcpu *v);
 
 /* engine.c */
 struct ak_vcpu *ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run);

@@ -34,6 +34,7 @@ class AkSlot(ctypes.Structure):
 _address = ctypes.c_uint64
 _u32 = ctypes.c_uint32
 _u64 = ctypes.c_uint64
+_i64 = ctypes.c_int64
 _int = ctypes.c_int
 _pointer = ctypes.c_void_p
 
@@ -60,13 +61,21 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_gmem_create": (_int, (_address, _int, _u64, ctypes.c_uint32, ctypes.POINTER(_address))),
     "ak_gmem_mmap": (ctypes.c_int64, (_int, _u64, _u64)),
     "ak_gmem_destroy": (None, (_address, _address)),
-    "ak_gmem_held": (ctypes.c_bool, (_address,)),
     "ak_gmem_fd": (_int, (_address,)),
     "ak_gmem_inject": (_int, (_address, _address, _u64, _int)),
     "ak_pre_fault_memory": (_int, (_address, ctypes.POINTER(_u64))),
     "ak_device_add": (_int, (_address, _u64)),
     "ak_device_remove": (None, (_address,)),
     "ak_device_handler": (None, (DEVICE_FAULT,)),
+    # descriptors
+    "ak_file_add": (_i64, (_int, _address, _int)),
+    "ak_file_find": (_i64, (_i64,)),
+    "ak_file_close": (_int, (_i64,)),
+    "ak_file_map": (_i64, (_int, _u64, _u64)),
+    "ak_file_dead": (_u64, ()),
+    "ak_file_free": (None, (_u64,)),
+    "ak_vcpu_get": (_address, (_i64,)),
+    "ak_vcpu_put": (ctypes.c_bool, (_address,)),
     # host memory
     "ak_host_init": (_int, ()),
     "ak_self_test": (ctypes.c_char_p, ()),
