@@ -75,7 +75,6 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_file_dead": (_u64, ()),
     "ak_file_free": (None, (_u64,)),
     "ak_vcpu_get": (_address, (_i64,)),
-    "ak_vcpu_put": (ctypes.c_bool, (_address,)),
     # host memory
     "ak_host_init": (_int, ()),
     "ak_self_test": (ctypes.c_char_p, ()),
