@@ -5,6 +5,10 @@ cdef extern from "errno.h" nogil:
         EIO
         EINVAL
 
+cdef extern from "layout.h" nogil:
+    unsigned long long ak_contract_stamp()
+    unsigned long long ak_engine_stamp()
+
 cdef extern from "engine.h" nogil:
     ctypedef struct kvm_run_page "struct kvm_run":
         unsigned char immediate_exit

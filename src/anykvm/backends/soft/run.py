@@ -23,6 +23,9 @@ import cython
 
 if cython.compiled:  # pragma: no cover
     from cython.cimports.anykvm.backends.soft import native  # type: ignore[import-not-found]
+
+    if native.ak_contract_stamp() != native.ak_engine_stamp():
+        raise ImportError("anykvm's contract (run.py) was compiled for another engine than the one beside it")
 else:
     from anykvm.backends.soft import native
 

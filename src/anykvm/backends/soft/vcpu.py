@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from anykvm.backends.soft.dirty import ENTRY_SIZE, RING_OFFSET
+from anykvm.backends.soft.engine import values
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
@@ -82,15 +83,15 @@ def file_size(ring_size: int) -> int:
 
 def _behaviour(profile: Profile) -> int:
     """What the engine asks the profile: ``enum ak_behaviour``."""
-    choices = (
-        profile.init_after_shutdown,
-        profile.emulate_in_delivery,
-        profile.any_efer,
-        profile.sync_low_half,
-        profile.stale_pre_fault,
-        profile.hypercall_as_6_12,
-    )
-    return sum(1 << bit for bit, chosen in enumerate(choices) if chosen)
+    choices = {
+        values.AK_INIT_AFTER_SHUTDOWN: profile.init_after_shutdown,
+        values.AK_EMULATE_IN_DELIVERY: profile.emulate_in_delivery,
+        values.AK_ANY_EFER: profile.any_efer,
+        values.AK_SYNC_LOW_HALF: profile.sync_low_half,
+        values.AK_STALE_PRE_FAULT: profile.stale_pre_fault,
+        values.AK_HYPERCALL_6_12: profile.hypercall_as_6_12,
+    }
+    return sum(bit for bit, chosen in choices.items() if chosen)
 
 
 def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, ring_size: int = 0) -> tuple[int, Vcpu]:

@@ -54,7 +54,7 @@ static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 static int (*device_fault)(u64 hva, u32 access);
 
 /* What to call for a device page that is not there: AK_DEVICE_*. It may take the interpreter's lock. */
-void ak_device_handler(int (*fault)(u64 hva, u32 access))
+void ak_device_handler(ak_device_fault *fault)
 {
     device_fault = fault;
 }
