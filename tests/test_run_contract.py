@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -47,6 +48,46 @@ def test_argument_must_be_zero(machine: Machine) -> None:
     poison(machine)
     assert raw(machine, 1) == errno.EINVAL  # row 5
     assert (machine.vcpu.kvm_run.exit_reason, machine.vcpu.kvm_run.flags) == (0xDEAD, 0x5555)
+
+
+def test_what_is_no_vcpu(machine: Machine) -> None:
+    """KVM_RUN goes by what is open, each time: no vCPU, no KVM file, nothing."""
+    backend = machine.kvm.backend
+    machine.long_mode("hlt")
+    twin = os.dup(machine.vcpu.fileno())
+    assert backend.ioctl(twin, RUN) == 0
+    for other, code in ((machine.kvm.fileno(), errno.EINVAL), (machine.vm.fileno(), errno.ENOTTY), (0, errno.ENOTTY)):
+        os.dup2(other, twin)
+        with pytest.raises(OSError, match="KVM_RUN") as caught:
+            backend.ioctl(twin, RUN)
+        assert caught.value.errno == code
+    os.close(twin)
+    with pytest.raises(OSError, match="KVM_RUN") as caught:
+        backend.ioctl(twin, RUN)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_closed_while_it_runs(alarms: list[int]) -> None:
+    """Who runs a vCPU holds it: the VM goes when KVM_RUN is over, and not before."""
+    with anykvm.open("soft") as kvm:
+        before = len(FILES)
+        machine = Machine(kvm)
+        machine.long_mode("mov $0x60000, %rdi; 1: incl (%rdi); jmp 1b")
+        fd, seen = machine.vcpu.fileno(), []
+
+        def close() -> None:
+            while not machine.memory.read(DATA, 4).strip(b"\0"):
+                time.sleep(0.001)
+            machine.vm.close()  # with the vCPU, its descriptor and mapping
+            seen.append(len(FILES) - before)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+
+        closing = threading.Thread(target=close)
+        closing.start()
+        with pytest.raises(InterruptedError):
+            kvm.backend.ioctl(fd, RUN)
+        closing.join()
+        assert (seen, len(FILES) - before, len(alarms)) == ([1], 0, 1)
 
 
 def test_forked_child_gets_eio(machine: Machine) -> None:

@@ -78,6 +78,7 @@ def test_read_only_and_crossing_memory(guest: Guest, request_: int) -> None:
 
     writable, readonly = mmap.mmap(-1, 2 * PAGE), mmap.mmap(-1, PAGE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     view = ctypes.c_uint8.from_buffer(readonly)
+    view.value = 1  # of KVM_GET_MSRS the number of entries; of none nothing is written
     libc.mprotect(ADDRESS(view), PAGE, mmap.PROT_READ)
     assert error_of(guest.backend, guest.vcpu, request_, ADDRESS(view)) == errno.EFAULT
     edge = ctypes.c_uint8.from_buffer(writable)

@@ -7,6 +7,7 @@ import errno as _errno
 from typing import TYPE_CHECKING
 
 from anykvm.abi import ioctls as n
+from anykvm.abi.limits import KVM_MIN_ALLOC_MMU_PAGES
 from anykvm.abi.structures import kvm_clock_data, kvm_msr_filter
 from anykvm.api.enable import enable_cap
 from anykvm.api.vcpu import Vcpu
@@ -92,8 +93,11 @@ class Vm(VmMemory, VmIrq):
         self._call(n.KVM_SET_TSC_KHZ, khz, {"khz": khz})
 
     def set_nr_mmu_pages(self, pages: int) -> None:
-        """KVM_SET_NR_MMU_PAGES: bound KVM's shadow pages. Raises OSError: EINVAL below 20."""
-        self._call(n.KVM_SET_NR_MMU_PAGES, pages, {"pages": pages})
+        """KVM_SET_NR_MMU_PAGES: bound KVM's shadow pages.
+
+        Raises OSError: EINVAL below ``abi.limits.KVM_MIN_ALLOC_MMU_PAGES``.
+        """
+        self._call(n.KVM_SET_NR_MMU_PAGES, pages, {"pages": pages}, _why_mmu_pages)
 
     def set_boot_cpu_id(self, vcpu_id: int) -> None:
         """KVM_SET_BOOT_CPU_ID. Raises OSError: EBUSY once a vCPU exists."""
@@ -109,6 +113,10 @@ class Vm(VmMemory, VmIrq):
 
     def _release(self) -> None:
         self._slots.clear()
+
+
+def _why_mmu_pages(errno: int) -> str | None:
+    return f"fewer than {KVM_MIN_ALLOC_MMU_PAGES} pages" if errno == _errno.EINVAL else None
 
 
 def _u64(value: int) -> ctypes.Array[ctypes.c_uint8]:

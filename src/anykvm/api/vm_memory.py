@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 from anykvm.abi import ioctls as n
 from anykvm.abi import structures as s
 from anykvm.abi.constants import KVM_CAP_DIRTY_LOG_RING
+from anykvm.abi.limits import KVM_MEM_MAX_NR_PAGES
 from anykvm.api.enable import enable_cap
 from anykvm.api.handle import Handle
 from anykvm.api.region import why_region_refused
@@ -132,7 +133,8 @@ class VmMemory(Handle):
         The pages written since the last call; with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 enabled, since they were cleared
         by ``clear_dirty_log``. Read the pages after it: what the guest writes from then on is in the next bitmap. User
         space's own writes are in none.
-        Raises OSError: ENOENT for a slot that is absent or not logged, ENXIO with a dirty ring instead of bitmaps.
+        Raises OSError: ENOENT for a slot that is absent or not logged, ENXIO with a dirty ring instead of bitmaps;
+        ValueError for more pages than a slot can have.
         """
         bitmap = self._bitmap(slot, pages)
         log = s.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
@@ -143,9 +145,9 @@ class VmMemory(Handle):
         """KVM_CLEAR_DIRTY_LOG: forget the pages set in ``bitmap``, whose bit 0 is ``first_page``.
 
         Raises OSError: EINVAL unless both numbers are multiples of 64 within the slot (``num_pages`` may reach its
-        end), ENOENT and ENXIO as ``get_dirty_log``.
+        end), ENOENT and ENXIO as ``get_dirty_log``; ValueError for more pages than a slot can have.
         """
-        size = (num_pages + 63) // 64 * 8
+        size = _bitmap_size(num_pages)
         data = (ctypes.c_uint8 * size).from_buffer_copy(bytes(bitmap[:size]).ljust(size, b"\0"))
         log = s.kvm_clear_dirty_log(
             slot=slot, first_page=first_page, num_pages=num_pages, dirty_bitmap=ctypes.addressof(data)
@@ -157,7 +159,7 @@ class VmMemory(Handle):
         if pages is None:
             known = self._slots.get(slot)
             pages = known.memory_size // PAGE_SIZE if known else 0
-        return (ctypes.c_uint8 * ((pages + 63) // 64 * 8))()
+        return (ctypes.c_uint8 * _bitmap_size(pages))()
 
     def enable_dirty_ring(self, size: int) -> None:
         """KVM_ENABLE_CAP(KVM_CAP_DIRTY_LOG_RING): log to a ring of ``size`` bytes a vCPU instead of to bitmaps.
@@ -234,6 +236,13 @@ class VmMemory(Handle):
     def _zone(self, request: int, addr: int, size: int, pio: bool) -> None:
         zone = s.kvm_coalesced_mmio_zone(addr=addr, size=size, pio=int(pio))
         self._call(request, zone, {"addr": addr, "size": size, "pio": int(pio)})
+
+
+def _bitmap_size(pages: int) -> int:
+    """Bytes of a slot's bitmap, which is made of 64-bit words."""
+    if not 0 <= pages <= KVM_MEM_MAX_NR_PAGES:
+        raise ValueError(f"{pages} pages: a slot has from 0 to {KVM_MEM_MAX_NR_PAGES}")
+    return (pages + 63) // 64 * 8
 
 
 def _why_log(errno: int) -> str | None:

@@ -17,7 +17,6 @@ from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.profiles import Profile
 from anykvm.backends.soft.run import kvm_run
 from anykvm.backends.soft.system import open_system
-from anykvm.backends.soft.vcpu import VcpuFile
 from anykvm.host.atomic import NoThread, atomically, atomically_or_here
 from anykvm.host.libc import munmap
 from anykvm.host.ranges import PAGE_SIZE
@@ -25,7 +24,6 @@ from anykvm.host.ranges import PAGE_SIZE
 _U32: Final = 0xFFFFFFFF
 _U64: Final = 0xFFFFFFFFFFFFFFFF
 _KVM_RUN: Final = KVM_RUN
-_running: Final = FILES.running
 
 
 class SoftBackend:
@@ -70,21 +68,23 @@ class SoftBackend:
         return atomically(open_system, self._profile)
 
     def ioctl(self, fd: int, request: int, arg: int = 0) -> int:
-        """Do one ioctl; see ``Backend.ioctl``. KVM_RUN on a descriptor known to be a vCPU goes first and straight.
+        """Do one ioctl; see ``Backend.ioctl``. KVM_RUN on what is a vCPU goes first and straight.
 
         As in a kernel no signal handler runs in the middle of an ioctl, and no exception of another thread's or a
         debugger's making arrives there. What changes more than one thing is done on a worker.
         """
         if request == _KVM_RUN:
-            vcpu = _running.get(fd)
-            if vcpu is not None:
-                return kvm_run(vcpu, arg)
+            try:
+                if kvm_run(fd, arg):
+                    return 0
+            except OverflowError:  # no descriptor has such a number
+                pass
         request &= _U32
         try:
             file = FILES.get(fd)
             if request in file.direct:
                 return file.ioctl(request, arg & _U64)
-            if request != _KVM_RUN or not isinstance(file, VcpuFile):
+            if request != _KVM_RUN or not file.vcpu_address:
                 return atomically(_ioctl, file, request, arg & _U64)
         except Refused as refused:
             raise ioctl_error(refused.errno, request, refused.detail) from None
@@ -100,8 +100,7 @@ class SoftBackend:
             if "MemoryError" not in str(error):
                 raise
             raise ioctl_error(errno.ENOMEM, request) from error  # in which ctypes wraps it
-        _running[fd] = file
-        return kvm_run(file, arg)
+        return 0 if kvm_run(fd, arg) else self.ioctl(fd, request, arg)  # the request had upper bits
 
     def mmap(self, fd: int, length: int, offset: int) -> int:
         """Map a vCPU's pages, or a guest_memfd; see ``Backend.mmap``."""

@@ -63,10 +63,6 @@ class GuestMemfd(File):
         """GUEST_MEMFD_FLAG_MMAP: user space may map it, and all guest accesses of its slots use it."""
         return bool(self.flags & c.GUEST_MEMFD_FLAG_MMAP)
 
-    def released(self) -> bool:
-        """Say whether the last descriptor and the last mapping of the caller's have gone."""
-        return not library().ak_gmem_held(self.address)
-
     def map(self, fd: int, length: int, offset: int) -> int:
         """kvm_gmem_mmap(): map pages; private ones are SIGBUS when touched (kvm_gmem_fault_user_mapping())."""
         address: int = library().ak_gmem_mmap(fd, length, offset)

@@ -14,16 +14,17 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 from anykvm.backends.soft import upcall
+from anykvm.backends.soft.engine import values
 from anykvm.backends.soft.engine.library import library
 from anykvm.host import libc
 from anykvm.host.atomic import Finalizer, atomically, atomically_or_here
 from anykvm.host.closing import Closing
 from anykvm.host.ranges import PAGE_SIZE, check_bytes, check_pages, check_size
 
-_ACCESS_WRITE: Final = 1
-_PRESENT: Final = 0  # enum ak_device_answer
-_FAILED: Final = 1
-_READ_ONLY: Final = 2
+_ACCESS_WRITE: Final = values.AK_WRITE
+_PRESENT: Final = values.AK_DEVICE_PRESENT
+_FAILED: Final = values.AK_DEVICE_FAILED
+_READ_ONLY: Final = values.AK_DEVICE_READ_ONLY
 _RESERVED: Final = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
 
 FaultHandler: TypeAlias = "Callable[[DeviceMapping, int, bool], None]"

@@ -8,6 +8,7 @@ import errno
 from typing import Final, NamedTuple
 
 from anykvm.abi.constants import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+from anykvm.abi.limits import KVM_MEM_MAX_NR_PAGES
 from anykvm.backends.soft.capabilities import KVM_USER_MEM_SLOTS
 from anykvm.backends.soft.cpuid import MAXPHYADDR
 from anykvm.backends.soft.dirty import DirtyBitmap, DirtyLog
@@ -20,7 +21,6 @@ from anykvm.host.ranges import PAGE_SIZE
 PAGE_SHIFT: Final = 12
 TASK_SIZE_MAX: Final = (1 << 47) - PAGE_SIZE
 """End of user addresses; access_ok() of a host with 4-level page tables."""
-KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1
 _U64: Final = (1 << 64) - 1
 _MAX_GFN: Final = (1 << (MAXPHYADDR - PAGE_SHIFT)) - 1
 _V1_FLAGS: Final = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY

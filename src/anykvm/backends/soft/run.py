@@ -25,6 +25,9 @@ from anykvm.backends.soft import upcall
 
 if cython.compiled:  # pragma: no cover
     from cython.cimports.anykvm.backends.soft import native  # type: ignore[import-not-found]
+
+    if native.ak_contract_stamp() != native.ak_engine_stamp():
+        raise ImportError("anykvm's contract (run.py) was compiled for another engine than the one beside it")
 else:
     from anykvm.backends.soft import native
 
@@ -219,15 +222,37 @@ def page_fault_error(vcpu: native.vcpu_p) -> cython.int:
 MESSAGES = {code: f"KVM_RUN: {os.strerror(code)}" for code in range(1, 134)}
 
 
-def kvm_run(address: int, arg: int) -> int:
-    """KVM_RUN on the vCPU at ``address`` (struct ak_vcpu): 0, or OSError with the errno. The GIL is released."""
+_reap = None
+
+
+def reap_with(reap: object) -> None:
+    """Have ``reap()`` called when a KVM_RUN ends on a vCPU whose file was over meanwhile."""
+    global _reap
+    _reap = reap
+
+
+def kvm_run(fd: cython.longlong, arg: object) -> bool:
+    """KVM_RUN on a descriptor: True, or OSError with the errno; False, and nothing is done, if it stands for no vCPU.
+
+    What the descriptor stands for is asked each time. The vCPU is held meanwhile, as an ioctl of the kernel holds the
+    file: closing every descriptor frees nothing under a running guest. The GIL is released.
+    """
     r: cython.int
-    vcpu: native.vcpu_p = native.vcpu_at(address)
+    over: cython.bint = False
+    raised: cython.bint = False
+    vcpu: native.vcpu_p
     nonzero: cython.int = 1 if arg else 0
     with cython.nogil:
-        r = kvm_vcpu_ioctl_run(vcpu, nonzero)
-    if native.ak_device_raised(vcpu):
+        r = 1
+        vcpu = native.ak_vcpu_get(fd)
+        if vcpu:
+            r = kvm_vcpu_ioctl_run(vcpu, nonzero)
+            raised = native.ak_device_raised(vcpu)
+            over = native.ak_vcpu_put(vcpu)
+    if over:
+        _reap()
+    if raised:
         upcall.check(r, MESSAGES.get(-r, ""))
     if r < 0:
         raise OSError(-r, MESSAGES[-r])
-    return 0
+    return not r

@@ -8,12 +8,13 @@ from ctypes import byref, c_uint64
 from typing import TYPE_CHECKING, Final
 
 from anykvm.backends.soft.dirty import ENTRY_SIZE, RING_OFFSET
+from anykvm.backends.soft.engine import values
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.profiles import Profile, Purge
 from anykvm.backends.soft.vcpu_state import HANDLERS, MAX_IO_MSRS
-from anykvm.host.libc import map_shared, munmap
+from anykvm.host.libc import munmap
 
 if TYPE_CHECKING:
     from anykvm.backends.soft.vm import Vm
@@ -44,10 +45,9 @@ class Vcpu:
 
 
 class VcpuFile(int, File):
-    """A vCPU's descriptor; as a number, the address of its struct ak_vcpu.
+    """A vCPU's descriptor; as a number, the address of its struct ak_vcpu, for calls of the engine.
 
-    It is a number so that KVM_RUN costs one look-up: whoever runs the vCPU holds this object meanwhile, and with it the
-    VM, as an ioctl of the kernel holds the file; closing every descriptor frees nothing under a running guest.
+    It keeps the VM, and so the vCPU. Whoever runs the vCPU holds the file (``run.kvm_run``).
     """
 
     kind = "anon_inode:kvm-vcpu"
@@ -63,6 +63,7 @@ class VcpuFile(int, File):
         self.vcpu = vcpu
         self.vm = vm
         self.mmap_size = file_size(vcpu.ring_size)
+        self.vcpu_address = vcpu.address
         return self
 
     def ioctl(self, request: int, arg: int) -> int:
@@ -85,15 +86,15 @@ def file_size(ring_size: int) -> int:
 
 def _behaviour(profile: Profile) -> int:
     """What the engine asks the profile: ``enum ak_behaviour``."""
-    choices = (
-        profile.init_after_shutdown,
-        profile.emulate_in_delivery,
-        profile.any_efer,
-        profile.sync_low_half,
-        profile.stale_pre_fault,
-        profile.hypercall_as_6_12,
-    )
-    return sum(1 << bit for bit, chosen in enumerate(choices) if chosen)
+    choices = {
+        values.AK_INIT_AFTER_SHUTDOWN: profile.init_after_shutdown,
+        values.AK_EMULATE_IN_DELIVERY: profile.emulate_in_delivery,
+        values.AK_ANY_EFER: profile.any_efer,
+        values.AK_SYNC_LOW_HALF: profile.sync_low_half,
+        values.AK_STALE_PRE_FAULT: profile.stale_pre_fault,
+        values.AK_HYPERCALL_6_12: profile.hypercall_as_6_12,
+    }
+    return sum(bit for bit, chosen in choices.items() if chosen)
 
 
 def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, ring_size: int = 0) -> tuple[int, Vcpu]:
@@ -110,8 +111,8 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
     fd = FILES.create(f"kvm-vcpu:{vcpu_id}", file_size(ring_size))
     pages = ring = 0
     try:
-        pages = map_shared(fd, VCPU_MMAP_SIZE, 0)
-        ring = map_shared(fd, ring_size, RING_OFFSET) if ring_size else 0
+        pages = FILES.map(fd, VCPU_MMAP_SIZE, 0)
+        ring = FILES.map(fd, ring_size, RING_OFFSET) if ring_size else 0
         result = library().ak_vcpu_create(vm_address, vcpu_id, pages, byref(created))
         if result:
             raise Refused(-result, "no memory for a vCPU")

@@ -10,6 +10,7 @@ from typing import Final
 
 from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
+from anykvm.abi.limits import KVM_MIN_ALLOC_MMU_PAGES
 from anykvm.abi.structures import kvm_enable_cap, kvm_userspace_memory_region, kvm_userspace_memory_region2
 from anykvm.backends.soft import dirty
 from anykvm.backends.soft.attributes import enable_exit_hypercall, set_memory_attributes
@@ -30,7 +31,6 @@ TSC_KHZ: Final = 1_000_000
 """Guests' TSC frequency unless KVM_SET_TSC_KHZ says otherwise: 1 GHz, one tick a nanosecond."""
 MAX_TSC_KHZ: Final = 1 << 32
 """KVM_SET_TSC_KHZ takes a 32-bit number."""
-KVM_MIN_ALLOC_MMU_PAGES: Final = 64
 _MAX_TSS_ADDR: Final = (1 << 32) - 3 * PAGE_SIZE
 
 

@@ -269,11 +269,3 @@ void ak_flush_tlb(struct ak_vcpu *v)
 {
     tlb_flush_x86_64(v->cpu);
 }
-
-/* Where the contract's fields are, for its ctypes mirror (native.py). */
-int ak_contract_offset(int field)
-{
-    static const int offsets[] = {offsetof(struct ak_vcpu, exit), offsetof(struct ak_vcpu, completion),
-                                  offsetof(struct ak_vcpu, sync_supported), offsetof(struct ak_vcpu, mp_state)};
-    return offsets[field];
-}

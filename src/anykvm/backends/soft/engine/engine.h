@@ -8,6 +8,8 @@
  *   engine.c      vCPUs: create, enter, kick            mmu.c       guest page tables (first stage)
  *   fault.c       second stage, TLB fill                hva.c       host pages, asked as KVM asks
  *   dirty.c       dirty tracking                        mapped.c    what a first read dirties
+ *   files.c       which object a descriptor stands for  search.c    files that were closed without a word
+ *   exports.h     what the library is called by         layout.c    what Python knows too
  *   host.c        guarded access, SIGSEGV/SIGBUS        operand.c   which memory a host instruction accesses
  *   attributes.c  which guest frames are private        gmem.c      guest_memfd
  *   gmem_file.c   what its file refuses                 interpose.c in front of the C library
@@ -99,6 +101,8 @@ enum ak_host_fault {
 
 /* What a device mapping's fault handler says. */
 #define AK_DEVICE_TRIES 100 /* it says the page is there, and the host refuses it: somebody protects it by himself */
+#define AK_DIRTY_RING_RESERVED 64 /* entries, for what one instruction or delivery can still dirty beyond the soft limit */
+
 enum ak_device_answer {
     AK_DEVICE_PRESENT = 0,
     AK_DEVICE_FAILED,
@@ -229,7 +233,7 @@ struct ak_dirty_ring {
 };
 
 struct ak_vcpu {
-    /* -- shared with run.py (run.pxd and mirror.py name these) --------------------------------------------- */
+    /* -- shared with run.py (native.pxd and native.py name these; layout.h) -------------------------------- */
     struct kvm_run *run;      /* pages 0..2 of the vCPU file */
     struct ak_exit exit;
     u32 completion;           /* enum ak_completion: vcpu->arch.complete_userspace_io */
@@ -319,24 +323,21 @@ struct ak_vcpu {
     u32 gmem_closings;        /* those of the VM that its TLB knows of */
     struct ak_dirty_ring ring;
     bool device_raised, device_interrupted; /* by a device's fault handler, in this KVM_RUN */
+    struct ak_file *file;     /* files.c */
 };
 
+#include "exports.h"
+
 /* vm.c */
-struct ak_vm *ak_vm_create(void);
-void ak_vm_destroy(struct ak_vm *vm);
 void ak_vm_pause(struct ak_vm *vm);
 void ak_vm_resume(struct ak_vm *vm, bool flush);
 void ak_flush_pending(struct ak_vcpu *v);
 bool ak_guest_enter(struct ak_vcpu *v);
 void ak_guest_exit(struct ak_vcpu *v);
-int ak_vcpu_lock(struct ak_vcpu *v);
-void ak_vcpu_unlock(struct ak_vcpu *v);
-int ak_vcpu_dead(struct ak_vcpu *v);
-u32 ak_mm_generation(void);
+
+/* files.c */
 
 /* engine.c */
-int ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run, struct ak_vcpu **result);
-void ak_vcpu_destroy(struct ak_vcpu *v);
 void ak_vcpu_reset(struct ak_vcpu *v);
 void ak_enter(struct ak_vcpu *v);
 void ak_kick(struct ak_vcpu *v);
@@ -344,16 +345,11 @@ void ak_leave(struct ak_vcpu *v, u32 kind, uintptr_t retaddr) __attribute__((nor
 void ak_flush_tlb(struct ak_vcpu *v);
 void ak_note_helper_frame(struct ak_vcpu *v, uintptr_t return_slot);
 uintptr_t ak_helper_return(const struct ak_vcpu *v);
-const char *ak_self_test(void);
 extern __thread struct ak_vcpu *ak_current __attribute__((tls_model("initial-exec")));
 
 /* signals.c */
-void ak_signals_enter(struct ak_vcpu *v);
-bool ak_signal_pending(struct ak_vcpu *v);
 bool ak_signal_waits(const struct ak_vcpu *v);
 bool ak_python_interrupted(struct ak_vcpu *v);
-bool ak_send_hwpoison_signal(struct ak_vcpu *v);
-void ak_signals_leave(struct ak_vcpu *v);
 bool ak_hold_signal(const siginfo_t *info);
 bool ak_is_poke(const siginfo_t *info);
 u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS]);
@@ -374,28 +370,13 @@ void ak_unwatch(struct ak_vcpu *v);
 void ak_ticker_in_child(void);
 
 /* sync.c */
-int ak_sync_regs(struct ak_vcpu *v);
-void ak_store_regs(struct ak_vcpu *v);
-int ak_set_cr8(struct ak_vcpu *v);
-void ak_post_kvm_run_save(struct ak_vcpu *v);
-void ak_fill_memory_fault(struct ak_vcpu *v);
-void ak_exit_mmio(struct ak_vcpu *v);
-void ak_exit_io(struct ak_vcpu *v);
-void ak_exit_internal(struct ak_vcpu *v, u32 suberror);
-bool ak_hypercall(struct ak_vcpu *v);
-void ak_complete_hypercall(struct ak_vcpu *v);
-void ak_run_guest(struct ak_vcpu *v);
-bool ak_irq_window(struct ak_vcpu *v);
 
 /* host.c */
-int ak_host_init(void);
 void ak_host_disposition(int signo, struct sigaction *action);
 int ak_host_touch(u64 hva, bool write, u64 *poison);
 int ak_host_merge(u64 hva, u64 bytes, u64 value, u64 *before);
 void ak_host_unmerge(u64 hva, u64 bytes, u64 value, u64 before);
 bool ak_host_equal(u64 hva, const void *bytes, u64 size);
-int ak_copy_in(void *to, u64 from, u64 size);   /* copy_from_user(): 0 or -EFAULT */
-int ak_copy_out(u64 to, const void *from, u64 size);
 
 /* trap.c */
 #define AK_MXCSR_DEFAULT 0x1f80u
@@ -407,19 +388,12 @@ struct ak_float ak_float_enter(void);
 void ak_float_leave(struct ak_float mine);
 
 /* hva.c, dirty.c */
-int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned);
 u32 ak_hva_to_pfn(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
 bool ak_device_deadlock(const struct ak_vm *vm);
-bool ak_vm_in_device_fault(const struct ak_vm *vm);
-bool ak_device_raised(const struct ak_vcpu *v);
 u32 ak_hva_refused(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
-int ak_device_add(u64 start, u64 size);
-void ak_device_remove(u64 start);
-void ak_device_handler(int (*fault)(u64 hva, u32 access));
 void ak_devices_in_child(void);
 void ak_mark_page_dirty(struct ak_vcpu *v, struct ak_slot *slot, u64 gfn);
 void ak_dirty_ring_check(struct ak_vcpu *v, uintptr_t retaddr);
-bool ak_dirty_ring_full(const struct ak_vcpu *v);
 
 /* mapped.c */
 int ak_mapped_alloc(const struct ak_vm *vm, struct ak_slot *slot);
@@ -460,28 +434,21 @@ bool ak_in_code(const struct ak_vcpu *v, uintptr_t pc);
 
 /* attributes.c */
 bool ak_gfn_is_private(const struct ak_vm *vm, u64 gfn);
-int ak_set_memory_attributes(struct ak_vm *vm, u64 gfn, u64 npages, bool is_private);
 
 /* gmem_file.c */
 int ak_gmem_file_add(int fd, u64 size, u32 flags);
 void ak_gmem_file_remove(int fd);
-int64_t ak_gmem_mmap(int fd, u64 length, u64 offset);
 
 /* gmem.c */
 #define AK_GMEM_MMAP 1u /* GUEST_MEMFD_FLAG_* */
 #define AK_GMEM_INIT_SHARED 2u
-int ak_gmem_create(struct ak_vm *vm, int fd, u64 size, u32 flags, struct ak_gmem **result);
-void ak_gmem_destroy(struct ak_vm *vm, struct ak_gmem *g);
 bool ak_gmem_held(const struct ak_gmem *g);
-int ak_gmem_fd(const struct ak_gmem *g);
-int ak_gmem_inject(struct ak_vm *vm, struct ak_gmem *g, u64 offset, int err);
 void ak_gmem_enter(struct ak_vcpu *v);
 bool ak_gmem_faultin(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enum ak_access access,
                      struct ak_translation *t);
 int ak_data_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 bool ak_is_guest_memory(const struct ak_vm *vm, u64 hva);
 u64 ak_gfn_to_hva(struct ak_vcpu *v, u64 gfn);
-int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2], u64 user);
 /* Whether an access to this slot (or to none) can be private or a guest_memfd's: nothing else costs anything. */
 static inline bool ak_may_be_private(const struct ak_vm *vm, const struct ak_slot *slot)
 {
@@ -507,8 +474,6 @@ void ak_emulate_alone(struct ak_vcpu *v);
 bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx);
 u32 ak_alone_cflags(const struct ak_vcpu *v);
 bool ak_emulate_boundary(struct ak_vcpu *v);
-bool ak_next_fragment(struct ak_vcpu *v);
-void ak_answer_read(struct ak_vcpu *v);
 bool ak_answered(const struct ak_vcpu *v, u64 gpa);
 bool ak_unaligned_load(struct ak_vcpu *v, u64 addr, u32 oi, u32 size, uintptr_t retaddr, u64 *value);
 void ak_write_check(struct ak_vcpu *v, u64 gpa, uintptr_t retaddr);
@@ -519,7 +484,6 @@ void ak_emulate_instead(struct ak_vcpu *v);
 /* pio.c */
 u8 *ak_pio_data(struct ak_vcpu *v);
 void ak_check_io(struct ak_vcpu *v, u32 port, u32 size, uintptr_t retaddr);
-void ak_complete_pio(struct ak_vcpu *v);
 
 /* string_io.c */
 int ak_data_mmu_index(const struct ak_vcpu *v);
@@ -536,7 +500,6 @@ void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr) 
 
 /* inject.c */
 bool ak_deliver_pending(struct ak_vcpu *v);
-void ak_cancel_injection(struct ak_vcpu *v);
 void ak_delivery_failed(struct ak_vcpu *v);
 bool ak_interrupt_allowed(struct ak_vcpu *v);
 void ak_request_event(struct ak_vcpu *v);

@@ -56,7 +56,7 @@ static int (*device_fault)(u64 hva, u32 access);
 static __thread u32 device_depth __attribute__((tls_model("initial-exec")));
 
 /* What to call for a device page that is not there: AK_DEVICE_*. It may take the interpreter's lock. */
-void ak_device_handler(int (*fault)(u64 hva, u32 access))
+void ak_device_handler(ak_device_fault *fault)
 {
     device_fault = fault;
 }

@@ -11,6 +11,9 @@ import os
 import threading
 from typing import Any, Final
 
+from anykvm.abi import structures as s
+from anykvm.backends.soft.engine import values
+from anykvm.backends.soft.engine.layout import Layout, check_sizes, mirrored
 from anykvm.host.atomic import atomically_or_here
 
 PATH: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "libanykvm_engine.so")
@@ -18,7 +21,7 @@ PATH: Final = os.path.join(os.path.dirname(os.path.abspath(__file__)), "libanykv
 
 
 class AkSlot(ctypes.Structure):
-    """``struct ak_slot``: a memslot as the engine sees it."""
+    """``struct ak_slot``: a memslot as the engine sees it. The last two fields are the engine's own."""
 
     _fields_ = [
         ("base_gfn", ctypes.c_uint64),
@@ -30,16 +33,27 @@ class AkSlot(ctypes.Structure):
         ("gmem", ctypes.c_uint64),
         ("gmem_offset", ctypes.c_uint64),
         ("gmem_only", ctypes.c_uint32),
+        ("mapped", ctypes.c_uint64),
+        ("any_mapped", ctypes.c_uint32),
     ]
+
+
+STRUCTURES: Final[tuple[type[ctypes.Structure], ...]] = (
+    *(s.kvm_regs, s.kvm_sregs, s.kvm_fpu, s.kvm_xcrs, s.kvm_debugregs, s.kvm_vcpu_events, s.kvm_xsave),
+    *(s.kvm_msrs, s.kvm_msr_entry, s.kvm_cpuid2, s.kvm_cpuid_entry2, s.kvm_mp_state),
+    *(s.kvm_translation, s.kvm_interrupt, s.kvm_signal_mask),
+)
+"""The kernel's structures that the engine reads and writes in buffers made here."""
 
 
 _address = ctypes.c_uint64
 _u32 = ctypes.c_uint32
 _u64 = ctypes.c_uint64
+_i64 = ctypes.c_int64
 _int = ctypes.c_int
 _pointer = ctypes.c_void_p
 
-_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     # VM
     "ak_vm_create": (_address, ()),
     "ak_vm_destroy": (None, (_address,)),
@@ -59,7 +73,6 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_gmem_create": (_int, (_address, _int, _u64, ctypes.c_uint32, ctypes.POINTER(_address))),
     "ak_gmem_mmap": (ctypes.c_int64, (_int, _u64, _u64)),
     "ak_gmem_destroy": (None, (_address, _address)),
-    "ak_gmem_held": (ctypes.c_bool, (_address,)),
     "ak_gmem_fd": (_int, (_address,)),
     "ak_gmem_inject": (_int, (_address, _address, _u64, _int)),
     "ak_pre_fault_memory": (_int, (_address, ctypes.POINTER(_u64), _address)),
@@ -67,6 +80,13 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_device_remove": (None, (_address,)),
     "ak_device_handler": (None, (_pointer,)),
     "ak_vm_in_device_fault": (ctypes.c_bool, (_address,)),
+    # descriptors
+    "ak_file_add": (_i64, (_int, _address, _int)),
+    "ak_file_find": (_i64, (_i64,)),
+    "ak_file_close": (_int, (_i64,)),
+    "ak_file_map": (_i64, (_int, _u64, _u64)),
+    "ak_file_dead": (_u64, ()),
+    "ak_file_free": (None, (_u64,)),
     # host memory
     "ak_host_init": (_int, ()),
     "ak_self_test": (ctypes.c_char_p, ()),
@@ -113,17 +133,26 @@ def load(path: str) -> ctypes.CDLL:
         raise ImportError(f"anykvm was installed without its engine: {path} does not exist (the build makes it)")
     try:
         loaded = ctypes.CDLL(path)
-        for name, (result, arguments) in _SIGNATURES.items():
+        check_layout(Layout(loaded))
+        for name, (result, arguments) in SIGNATURES.items():
             function = getattr(loaded, name)
             function.restype = result
             function.argtypes = arguments
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, ImportError) as error:
         raise ImportError(f"anykvm's engine does not fit this installation: {path}: {error}") from error
     install_handlers(loaded)
     wrong = loaded.ak_self_test()
     if wrong:
         raise ImportError(f"anykvm's engine fails its self-test: {wrong.decode()} ({path})")
     return loaded
+
+
+def check_layout(layout: Layout) -> None:
+    """Compare the library with what Python knows of it. Raises ImportError, which names the first difference."""
+    layout.check_structure("ak_slot", AkSlot)
+    check_sizes(layout, STRUCTURES)
+    layout.check_values(mirrored(vars(values)))
+    layout.check_signatures(SIGNATURES)
 
 
 def install_handlers(loaded: ctypes.CDLL) -> None:
