@@ -35,8 +35,7 @@ def pre_fault_memory(file: VcpuFile, arg: int) -> int:
         raise Refused(errno.EINVAL, "gpa or size is not page aligned")
     if size == 0 or gpa + size > _U64:
         raise Refused(errno.EINVAL, "size is 0, or gpa + size wraps")
-    area = (ctypes.c_uint64 * 2)(gpa, size)
-    result: int = library().ak_pre_fault_memory(file, area, arg)
+    result: int = library().ak_pre_fault_memory(file, ctypes.addressof(request), arg)
     check(result, f"KVM_PRE_FAULT_MEMORY: {DEVICE_FAILED}")
     if result == -errno.EDEADLK:
         raise Refused(errno.EDEADLK, IN_DEVICE_FAULT)

@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -84,6 +85,9 @@ static void bury(struct ak_file *f)
 /* The file is over: nobody finds it any more. */
 void ak_file_over(struct ak_file *f)
 {
+    for (u32 i = 0; i < AK_RECENT; i++)
+        if (ak_files.recent[i] == f)
+            ak_files.recent[i] = NULL;
     struct ak_file **p = bucket(f->ino);
     while (*p != f)
         p = &(*p)->next;
@@ -117,6 +121,26 @@ static int reopen(int fd, int flags)
     return own < 0 ? -errno : own;
 }
 
+/* fstat() costs twice what lseek() does, and KVM_RUN asks each time. So each file's description has a position that no
+ * other file has, by chance in 2^62: whoever finds it there has the file. A description made otherwise (by /proc), or one
+ * that somebody moved, is asked by fstat(). */
+static void set_position(struct ak_file *f, int fd)
+{
+    u64 random = 0;
+    if (getrandom(&random, sizeof random, GRND_NONBLOCK) != sizeof random)
+        return; /* 0 is no position that is looked for */
+    int64_t position = (int64_t)(random >> 2 | 1ull << 61);
+    if (lseek(fd, position, SEEK_SET) == position)
+        f->position = position;
+}
+
+/* Of which the caller holds the lock; `at` is where the descriptor's description stands. */
+static struct ak_file *guess(int64_t fd, int64_t at)
+{
+    struct ak_file *f = ak_files.recent[fd & (AK_RECENT - 1)];
+    return f && at > 0 && f->position == at ? f : NULL;
+}
+
 static struct flock whole_file(short type)
 {
     return (struct flock){.l_type = type, .l_whence = SEEK_SET};
@@ -136,6 +160,8 @@ int64_t ak_file_add(int fd, struct ak_vcpu *vcpu, int own)
     f->fd = fd;
     f->own = own;
     int r = ak_file_identify(fd, &f->dev, &f->ino);
+    if (!r && vcpu)
+        set_position(f, fd);
     if (!r && fcntl(fd, F_OFD_SETLK, &lock)) {
         r = errno == EINVAL ? 0 : -errno;
         f->unlocked = true;
@@ -181,14 +207,23 @@ int64_t ak_file_find(int64_t fd)
 struct ak_vcpu *ak_vcpu_get(int64_t fd)
 {
     u64 dev, ino;
-    if (ak_file_identify(fd, &dev, &ino))
+    if (fd < 0 || fd > INT_MAX)
         return NULL;
+    int64_t at = syscall(SYS_lseek, (int)fd, 0l, SEEK_CUR);
     lock_files();
-    struct ak_file *f = ak_file_look_up(dev, ino);
+    struct ak_file *f = guess(fd, at);
+    if (__builtin_expect(!f, 0)) {
+        unlock_files();
+        if (ak_file_identify(fd, &dev, &ino))
+            return NULL;
+        lock_files();
+        f = ak_file_look_up(dev, ino);
+    }
     struct ak_vcpu *v = f ? f->vcpu : NULL;
     if (v) {
         __atomic_add_fetch(&f->users, 1, __ATOMIC_RELAXED);
         f->fd = (int)fd;
+        ak_files.recent[fd & (AK_RECENT - 1)] = f;
     }
     unlock_files();
     return v;

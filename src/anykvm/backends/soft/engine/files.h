@@ -13,7 +13,10 @@ struct ak_file {
     int fd;                /* where it was open when it was last used: a hint */
     int own;               /* a descriptor of its inode that is the engine's and keeps nothing (gmem.c); -1: none */
     bool unlocked;         /* the kernel has no such locks */
+    int64_t position;      /* of its open file description: a number that nothing else has (ak_vcpu_get) */
 };
+
+#define AK_RECENT 256 /* a power of two */
 
 struct ak_files {
     pthread_mutex_t lock;  /* around all of this, and never for long: KVM_RUN takes it */
@@ -21,6 +24,7 @@ struct ak_files {
     u32 room, count;
     struct ak_file *dead;
     u32 events;            /* files made and descriptors closed since the last search */
+    struct ak_file *recent[AK_RECENT]; /* by descriptor, the last bits of it: a guess, to be checked */
 };
 extern struct ak_files ak_files;
 

@@ -282,11 +282,13 @@ static int pre_fault_page(struct ak_vcpu *v, u64 gpa)
     return stale && (!r || r == -ENOENT) ? retried_in_vain(v) : r;
 }
 
-/* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): range is the request's gpa and size, moved past what was done, also
- * in the caller's structure at user, of which they are the first fields. 0 if anything was done, else the negative errno
+#define PRE_FAULT_SIZE 64 /* struct kvm_pre_fault_memory, which headers before 6.11 lack: gpa, size, flags, padding */
+
+/* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): range is the request, whose gpa and size are moved past what was done.
+ * All of it goes back to the caller's structure at user. 0 if anything was done, else the negative errno
  * of the first page. A page that fails on the way with an annotation leaves it in kvm_run, also when the result is 0; so
  * does a signal that comes while it waits for a page. It reads, and follows the attributes. */
-int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2], u64 user)
+int ak_pre_fault_memory(struct ak_vcpu *v, u64 *range, u64 user)
 {
     u64 size = range[1], mask = ak_signals_defer(); /* one that comes while it waits for the vCPU is pending then */
     int r = ak_vcpu_lock(v);
@@ -302,7 +304,7 @@ int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2], u64 user)
     }
     ak_signals_leave(v);
     ak_vcpu_unlock(v);
-    if (ak_copy_out(user, range, 2 * sizeof *range))
+    if (ak_copy_out(user, range, PRE_FAULT_SIZE))
         return -EFAULT;
     return range[1] == size ? r : 0;
 }

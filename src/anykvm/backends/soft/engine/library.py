@@ -75,7 +75,7 @@ SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_gmem_destroy": (None, (_address, _address)),
     "ak_gmem_fd": (_int, (_address,)),
     "ak_gmem_inject": (_int, (_address, _address, _u64, _int)),
-    "ak_pre_fault_memory": (_int, (_address, ctypes.POINTER(_u64), _address)),
+    "ak_pre_fault_memory": (_int, (_address, _pointer, _address)),
     "ak_device_add": (_int, (_address, _u64)),
     "ak_device_remove": (None, (_address,)),
     "ak_device_handler": (None, (_pointer,)),
