@@ -127,6 +127,24 @@ def test_a_translator_that_traps_ends_the_run(symbol: str) -> None:
     assert done.stdout.split() == ["InternalError", hex(CODE)]
 
 
+def test_a_delivery_that_traps_ends_the_run() -> None:
+    """The exception stays queued; without it the vCPU runs on."""
+    done = in_child(
+        """
+        guest = Guest()
+        poke("x86_cpu_do_interrupt_x86_64", b"\\x0f\\x0b")
+        print(type(guest.run("0f0b")).__name__, hex(guest.vcpu.get_regs().rip))
+        events = guest.vcpu.get_vcpu_events()
+        print(events.exception.injected, events.exception.nr)
+        events.exception.injected = 0
+        guest.vcpu.set_vcpu_events(events)
+        print(guest.run("90"))
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["InternalError", hex(CODE), "1", "6", "Hlt()"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGBUS])
 def test_a_trap_of_the_program_is_the_program_s(number: signal.Signals) -> None:
     """Outside the engine nothing is swallowed: the program's handler is called, and then the default action follows."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
 
-from anykvm.abi.structures import kvm_regs, kvm_xsave
+from anykvm.abi.structures import kvm_debugregs, kvm_regs, kvm_sregs, kvm_xsave
 from instruction_fuzz.modes import CODE, DATA, SIZE, STACK, Mode
 
 GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in range(8, 16)))
@@ -129,6 +129,50 @@ def extremes() -> Iterator[kvm_regs]:
             yield regs
 
 
+Change = Callable[[kvm_sregs], None]
+
+
+def _nothing(sregs: kvm_sregs) -> None:
+    pass
+
+
+def _tables(sregs: kvm_sregs, base: int, limit: int) -> None:
+    for table in (sregs.gdt, sregs.idt, sregs.ldt, sregs.tr):
+        table.base, table.limit = base, limit
+
+
+def _segments(sregs: kvm_sregs, base: int, limit: int) -> None:
+    for name in ("ds", "es", "fs", "gs"):
+        segment = getattr(sregs, name)
+        segment.base, segment.limit, segment.g = base, limit, int(limit > 0xFFFFF)
+
+
+def _set(name: str, bits: int) -> Change:
+    return lambda sregs: setattr(sregs, name, getattr(sregs, name) ^ bits)
+
+
+CHANGES: tuple[Change, ...] = (
+    *(_nothing,) * 6,
+    _set("cr0", 1 << 2),  # EM
+    _set("cr0", 1 << 3),  # TS
+    _set("cr0", 1 << 5 | 1 << 18),  # NE, AM
+    _set("cr0", 1 << 16),  # WP
+    _set("cr4", 1 << 2 | 1 << 3),  # TSD, DE
+    _set("cr4", 1 << 9 | 1 << 10),  # OSFXSR, OSXMMEXCPT
+    _set("cr4", 1 << 16 | 1 << 18),  # FSGSBASE, OSXSAVE
+    _set("efer", 1),  # SCE
+    lambda sregs: _tables(sregs, 0, 0),
+    lambda sregs: _tables(sregs, SIZE - 4, 0xFFFF),
+    lambda sregs: _tables(sregs, 0xFFFFFFF8, 0xFFFF),
+    lambda sregs: _tables(sregs, 0x7FFF00000000, 0xFFFFFFFF),
+    lambda sregs: _segments(sregs, 0xFFFFFFFF, 0xFFFFFFFF),
+    lambda sregs: _segments(sregs, (1 << 64) - 4096, 0),
+    lambda sregs: setattr(sregs, "cr3", 0x123456000),
+)
+"""What may be different in the special registers. A KVM may refuse it."""
+DR7 = (0x400, 0x400, 0x400, 0x4FF, 0xFFFF07FF, 0xDDDD07FF, 0x000F0402, 0xFFFFFFFF)
+
+
 class Pools:
     """Sets of operands, made once: making them takes longer than executing them."""
 
@@ -145,3 +189,11 @@ class Pools:
         regs = kvm_regs.from_buffer_copy(pool[number % len(pool)])
         regs.rflags |= mode.flags
         return regs, self.floating[number % len(self.floating)]
+
+    def change(self, number: int, sregs: kvm_sregs, debugregs: kvm_debugregs) -> bool:
+        """What a number changes of the mode's own registers. False: nothing."""
+        CHANGES[number % len(CHANGES)](sregs)
+        debugregs.dr7 = DR7[number // len(CHANGES) % len(DR7)]
+        for index, place in enumerate((CODE, DATA, STACK - 8, DATA + 7)):
+            debugregs.db[index] = place
+        return CHANGES[number % len(CHANGES)] is not CHANGES[0] or debugregs.dr7 != DR7[0]
