@@ -76,10 +76,13 @@ class BuildWithEngine(build_ext):
     def link_engine(self, library: Path) -> None:
         unicorn = unicorn_package()
         sources = sorted(str(source) for source in ENGINE.glob("*.c"))
+        # a sanitizer's functions are in the library that is loaded first
+        undefined = [] if "ANYKVM_ENGINE_CFLAGS" in os.environ else ["-Wl,-z,defs"]
         wraps = [f"-Wl,--wrap={name}_x86_64" for name in WRAPPED]
         command = [os.environ.get("CC", "gcc"), "-std=gnu11", "-O2", "-g1", "-fPIC", "-fno-omit-frame-pointer"]
+        command += os.environ.get("ANYKVM_ENGINE_CFLAGS", "").split()  # tools/sanitize.sh
         command += ["-Wall", "-Wextra", "-Werror", "-shared", "-o", str(library), *sources, f"-I{unicorn / 'include'}"]
-        command += [str(unicorn / "lib/libunicorn.a"), "-Wl,-z,muldefs", "-Wl,-z,defs", *wraps, "-Wl,-Bsymbolic"]
+        command += [str(unicorn / "lib/libunicorn.a"), "-Wl,-z,muldefs", *undefined, *wraps, "-Wl,-Bsymbolic"]
         command += ["-Wl,--exclude-libs,ALL", "-Wl,-soname,libanykvm_engine.so", "-lpthread", "-lm"]
         subprocess.run(command, check=True)
 
