@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(shell find src -name '*.c' -o -name '*.h' -o -name '*.pxd' -o -name '*.pyx') src/anykvm/backends/soft/run.py setup.py pyproject.toml
 
-.PHONY: help setup demo test annotate stress fuzz bench oracle random lint types clean
+.PHONY: help setup demo test annotate stress fuzz sanitize bench oracle random lint types clean
 help:
 	@echo "make demo   set up, then compute the CRC of a 64 MiB file in a guest whose memory arrives page by page"
 	@echo "make test   set up, then lint, types and all tests"
@@ -15,6 +15,7 @@ help:
 	@echo "make annotate  set up, then 10,000 generated faults: does the annotate layer find the cause of each?"
 	@echo "make stress set up, then 5 minutes of vCPUs whose memory changes in all ways under them (SECONDS=, SEED=)"
 	@echo "make fuzz   set up, then 10 minutes of instructions with operands at their boundaries, in all modes (SECONDS=, SEED=)"
+	@echo "make sanitize  set up, then the engine's tests with its C under the address and undefined-behaviour sanitizers"
 	@echo "make bench  set up, then the speed table beside its peers (bench-results.json)"
 
 setup: $(STAMP)
@@ -45,6 +46,10 @@ lint: setup
 
 types: setup
 	@$(BIN)/mypy
+
+# Not part of `make test`: a second build, and tests that run several times as long.
+sanitize: setup
+	@BIN="$(BIN)" tools/sanitize.sh
 
 # Not part of `make test`: it takes minutes, and needs QEMU and Debian's kernels (anykvm oracle gets them).
 oracle: setup

@@ -211,9 +211,7 @@ static void __attribute__((noinline)) enter(struct ak_vcpu *v)
     ak_check_code(v);
     v->interruptible = 0;
     ak_deliver_pending(v);
-    struct ak_float thread = ak_float_enter();
     int r = cpu_exec_x86_64(v->uc, cpu);
-    ak_float_leave(thread);
     if (v->delivering)
         ak_delivery_failed(v);
     if (v->exit.kind == AK_EXIT_SHUTDOWN) { /* an instruction that was being emulated has ended too */
@@ -247,14 +245,16 @@ void ak_enter(struct ak_vcpu *v)
 {
     sigjmp_buf landing;
     struct ak_heap *h = v->heap;
+    const struct ak_float thread = ak_float_enter();
     if (sigsetjmp(landing, 0)) {
         ak_heap->landing = NULL;
         failed(ak_heap->vcpu);
-        return;
+    } else {
+        h->landing = &landing;
+        enter(v);
+        h->landing = NULL;
     }
-    h->landing = &landing;
-    enter(v);
-    h->landing = NULL;
+    ak_float_leave(thread);
 }
 
 /* Make the vCPU leave guest code at the next block boundary. Any thread; safe in a signal handler. */
