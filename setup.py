@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -77,6 +78,12 @@ def unicorn_package() -> Path:
     return Path(spec.origin).parent
 
 
+def reproducible() -> list[str]:
+    """The compiler's options that keep this machine's directories out of what is built: same sources, same bytes."""
+    places = {os.getcwd(): ".", str(unicorn_package()): "unicorn", sysconfig.get_path("include"): "python"}
+    return [f"-ffile-prefix-map={path}={name}" for path, name in places.items()]
+
+
 class BuildWithEngine(build_ext):
     """build_ext that links the engine library first, where the extension will look for it."""
 
@@ -86,9 +93,17 @@ class BuildWithEngine(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         self.link_engine(target / "libanykvm_engine.so")
         for extension in self.extensions:
+            extension.extra_compile_args += reproducible()
             if extension.name == RUN.name:
                 extension.extra_objects = [str(target / "libanykvm_engine.so")]
         super().run()
+
+    def build_extensions(self) -> None:
+        # A Python with a shared library gives its extensions a -rpath of its own, before ours. The loader would look
+        # for our engine there first, in a directory of the machine that built it.
+        linker = self.compiler.linker_so
+        self.compiler.set_executable("linker_so", [word for word in linker if not word.startswith("-Wl,-rpath")])
+        super().build_extensions()
 
     def link_engine(self, library: Path) -> None:
         unicorn = unicorn_package()
@@ -100,7 +115,8 @@ class BuildWithEngine(build_ext):
         command = [os.environ.get("CC", "gcc"), "-std=gnu11", "-O2", "-g1", "-fPIC", "-fno-omit-frame-pointer"]
         command += ["-ftls-model=initial-exec"]  # a thread's first KVM_RUN must not need memory
         command += os.environ.get("ANYKVM_ENGINE_CFLAGS", "").split()  # tools/sanitize.sh
-        command += ["-Wall", "-Wextra", "-Werror", "-shared", "-o", str(library), *sources, f"-I{unicorn / 'include'}"]
+        command += ["-Wall", "-Wextra", "-Werror", *reproducible(), "-shared", "-o", str(library), *sources]
+        command += [f"-I{unicorn / 'include'}"]
         command += [str(archive), "-Wl,-z,muldefs", *undefined, *wraps, "-Wl,-Bsymbolic"]
         command += ["-Wl,--exclude-libs,ALL", "-Wl,-soname,libanykvm_engine.so", "-lpthread", "-lm"]
         subprocess.run(command, check=True)

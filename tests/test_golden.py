@@ -9,7 +9,7 @@ import pytest
 from anykvm.conformance import Difference, compare_scenario, golden, load
 from anykvm.conformance.golden_file import Record
 from anykvm.conformance.known import Known, judge, known, table
-from vmm_helpers import record_on_soft
+from vmm_helpers import record_on_soft, skip_without
 
 PROFILE: Final = "linux-7.3"
 EXPECTED: Final = "linux-7.3-npt"
@@ -46,16 +46,19 @@ def test_the_table_is_of_golden_scenarios_and_says_why() -> None:
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_compared(name: str, recorded: dict[str, list[Record]]) -> None:
+    skip_without(recorded[name])
     judged = judge(name, GOLDEN[name], recorded[name], known(EXPECTED, f"soft:{PROFILE}", name))
     assert not judged.unknown, told(judged.unknown)
 
 
 @pytest.mark.parametrize(("name", "exception"), EXCEPTIONS)
 def test_an_exception_is_needed(name: str, exception: Known, recorded: dict[str, list[Record]]) -> None:
+    skip_without(recorded[name])
     others = [entry for entry in known(EXPECTED, f"soft:{PROFILE}", name) if entry != exception]
     assert judge(name, GOLDEN[name], recorded[name], others).unknown, "this agrees now: take it off the table"
 
 
 @pytest.mark.parametrize("name", [name for name in NOT_YET if not load()[name].intrusive])
 def test_not_yet_is_still_true(name: str, recorded: dict[str, list[Record]]) -> None:
+    skip_without(recorded[name])
     assert compare_scenario(name, GOLDEN[name], recorded[name]), "this agrees now: compare it"

@@ -7,11 +7,14 @@ Some seconds as a test; ``ANYKVM_STRESS_SECONDS=300 pytest tests/test_stress.py`
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
+from anykvm.conformance.host import Host
 from stress import board as b
+from stress import host_areas
 from stress.world import World
 
 SECONDS = float(os.environ.get("ANYKVM_STRESS_SECONDS", "8"))
@@ -29,3 +32,22 @@ def test_every_value_read_was_legal(kind: str) -> None:
     assert report.changes.total() > len(choices)
     if report.missing:
         pytest.skip(f"NOT TESTED: {report.missing}; the rest of the stress test passed")
+
+
+def no_userfaultfd(host: Host) -> None:
+    raise OSError(errno.EPERM, "userfaultfd: Operation not permitted")
+
+
+@pytest.mark.parametrize("kind", ["bitmaps", "rings"])
+@pytest.mark.parametrize("userfaultfd", [True, False], ids=["all areas", "no userfaultfd"])
+def test_a_fault_on_any_page_can_be_looked_at(kind: str, userfaultfd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on the last page of all, whatever area that is in: where userfaultfd is missing it is another."""
+    if not userfaultfd:
+        monkeypatch.setattr(host_areas, "Userfaultfd", no_userfaultfd)
+    with World(seed=2, rings=kind == "rings") as world:
+        assert userfaultfd or world.missing
+        runner = world.runners[0]
+        for page in range(len(world.areas) * b.PAGES):
+            world.board.put(runner.note + b.NOTE_ADDRESS, page // b.PAGES * b.ADDRESSES)
+            world.board.put(runner.note + b.NOTE_PAGE, page)
+            runner.look_again()

@@ -59,6 +59,13 @@ def record_on_soft(profile: str, names: Iterable[str], seconds: float, folder: P
     return by_scenario(read_records(output))
 
 
+def skip_without(recorded: list[Record]) -> None:
+    """Skip the test of a scenario that this machine, or this user of it, has no userfaultfd for."""
+    for record in recorded:
+        if record["s"] == "userfaultfd":
+            pytest.skip(f"NOT TESTED: {record['n']}: no userfaultfd for this process: {record['errname']}")
+
+
 def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     """Check that a command failed with a code and, behind what it listed, one line with these words."""
     assert done.returncode == code, done.stderr

@@ -72,7 +72,9 @@ class Runner:
         return area, self.board.word(self.note + b.NOTE_PAGE)
 
     def target(self, page: int, state: int) -> int:
-        """Whose memory a page is: its own, or its twin's."""
+        """Whose memory a page is: its own, or its twin's. The guest also notes the page after the last of all areas."""
+        if page // b.PAGES == len(self.world.areas):
+            return page
         area = self.world.areas[page // b.PAGES]
         return page + area.twin if area.follow and state & b.PRIVATE else page
 

@@ -7,10 +7,12 @@ with threads must not do; it needs nothing but the standard library.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -22,6 +24,29 @@ def bind(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(_FAILED)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[set[signal.Signals]]:
+    """Hold this thread's signals back while it forks, so that none is lost; gives the mask to restore in a child.
+
+    Python calls functions of other modules before and after fork(): ``logging`` has some. An exception that a signal's
+    handler raises in one of them is printed and dropped, so Ctrl-C would do nothing. What comes meanwhile takes effect
+    when this is left.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        # It may raise what came just before, with all signals blocked already.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        yield {signal.Signals(number) for number in before}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def fork() -> int:
+    """Be ``os.fork()`` without the loss of a signal: what comes meanwhile takes effect before this returns."""
+    with held():
+        return os.fork()
 
 
 def command(line: list[str]) -> list[str]:

@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 from anykvm.backends import backend as make_backend
 from anykvm.backends import probe_device
 from anykvm.backends.base import Backend
-from anykvm.conformance.bound import bind
+from anykvm.conformance.bound import bind, fork
 from anykvm.conformance.golden_file import ABOUT, END, Record
 from anykvm.conformance.scenario import Lab, Scenario, failure, load
 from anykvm.host.outfile import OutFile
@@ -82,7 +82,7 @@ def _start(scenario: Scenario, backend: Callable[[], Backend]) -> _Child:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    child = os.fork()
+    child = fork()
     if child == 0:
         os.close(reader)
         _run_child(scenario, backend, writer, parent)

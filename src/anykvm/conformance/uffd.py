@@ -23,6 +23,8 @@ FLAG_WRITE: Final = 1
 """In a message's flags: the fault was a write."""
 
 _SYS_USERFAULTFD: Final = 323
+_USER_MODE_ONLY: Final = 1
+"""The one kind of userfaultfd that vm.unprivileged_userfaultfd = 0 leaves to ordinary users, since Linux 5.11."""
 _API: Final = 0xAA
 # _IOWR and _IOR of <linux/userfaultfd.h>, whose type byte is 0xAA
 _UFFDIO_API: Final = 0xC018AA3F
@@ -41,17 +43,23 @@ ANSWER: Final = 0x600D
 class Userfaultfd:
     """A range of host memory whose faults user space resolves. Raises OSError where the kernel cannot or may not."""
 
-    def __init__(self, host: Host, mode: int = MODE_MISSING, features: int = 0) -> None:
-        """Register all of ``host``."""
+    def __init__(
+        self, host: Host, mode: int = MODE_MISSING, features: int = 0, *, faults_of_the_kernel: bool = False
+    ) -> None:
+        """Register all of ``host``. ``faults_of_the_kernel``: a real KVM's, and those of other system calls, are to be
+        resolved too. For that a user needs a privilege (EPERM); guests on the soft backend fault in user mode.
+        """
         self.host = host
         self.messages = 0
         """How many faults the handler's thread has answered."""
         self.flags = 0
         """The flags of the last."""
-        self.fd: int = ctypes.CDLL(None, use_errno=True).syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
-        if self.fd < 0:
-            errno = ctypes.get_errno()
-            raise OSError(errno, f"userfaultfd: {os.strerror(errno)}")
+        try:
+            self.fd = _open(0)
+        except PermissionError:
+            if faults_of_the_kernel:
+                raise
+            self.fd = _open(_USER_MODE_ONLY)
         self._ioctl(_UFFDIO_API, struct.pack("<QQQ", _API, features, 0))
         self._ioctl(_UFFDIO_REGISTER, struct.pack("<QQQQ", host.address, host.size, mode, 0))
 
@@ -112,3 +120,11 @@ class Userfaultfd:
 
     def _ioctl(self, request: int, argument: bytes) -> None:
         fcntl.ioctl(self.fd, request, bytearray(argument))
+
+
+def _open(flags: int) -> int:
+    fd: int = ctypes.CDLL(None, use_errno=True).syscall(_SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK | flags)
+    if fd < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"userfaultfd: {os.strerror(error)}")
+    return fd

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple, NoReturn
 
 from anykvm.backends import backend as make_backend
 from anykvm.backends.base import Backend
+from anykvm.conformance.bound import held
 from anykvm.conformance.golden_file import ABOUT, Record
 from anykvm.conformance.record import about, record_scenario
 from anykvm.conformance.scenario import Scenario
@@ -69,11 +70,14 @@ def record_batch(
     """
     if backend != "soft" and not in_oracle():
         raise RuntimeError(_NOT_HERE)
-    with multiprocessing.get_context("fork").Pool(jobs, _leave_ctrl_c) as pool:
+    with held() as mask:
+        pool = multiprocessing.get_context("fork").Pool(jobs, _leave_ctrl_c, (mask,))
+    with pool:
         yield from pool.imap_unordered(functools.partial(_record_seed, backend, profile, seconds), seeds)
 
 
-def _leave_ctrl_c() -> None:
+def _leave_ctrl_c(mask: set[signal.Signals]) -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     # To who asked for the sequences, who gets it too and ends us; one that ended by itself may hold the pool's lock.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
