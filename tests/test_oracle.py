@@ -378,6 +378,7 @@ def test_the_machine_ends_with_the_process_that_started_it() -> None:
         (-1, ["echo", "ran"], ""),  # who started it had ended before it was bound
         (os.getpid(), ["/nonexistent/qemu"], "/nonexistent/qemu: No such file or directory\n"),
     ],
+    ids=["there", "gone", "no such program"],
 )
 def test_a_program_is_run_if_its_starter_is_there(parent: int, line: list[str], said: str) -> None:
     whole = bound.command(line)
