@@ -335,8 +335,6 @@ void ak_flush_pending(struct ak_vcpu *v);
 bool ak_guest_enter(struct ak_vcpu *v);
 void ak_guest_exit(struct ak_vcpu *v);
 
-/* files.c */
-
 /* engine.c */
 void ak_vcpu_reset(struct ak_vcpu *v);
 void ak_enter(struct ak_vcpu *v);
@@ -368,8 +366,6 @@ void ak_pokes_settle(struct ak_vcpu *v);
 void ak_watch(struct ak_vcpu *v);
 void ak_unwatch(struct ak_vcpu *v);
 void ak_ticker_in_child(void);
-
-/* sync.c */
 
 /* host.c */
 void ak_host_disposition(int signo, struct sigaction *action);
@@ -438,6 +434,7 @@ bool ak_gfn_is_private(const struct ak_vm *vm, u64 gfn);
 /* gmem_file.c */
 int ak_gmem_file_add(int fd, u64 size, u32 flags);
 void ak_gmem_file_remove(int fd);
+void ak_gmem_files_in_child(void);
 
 /* gmem.c */
 #define AK_GMEM_MMAP 1u /* GUEST_MEMFD_FLAG_* */
