@@ -278,7 +278,7 @@ def test_open_mmap_and_close_leave_all_or_nothing(world: World) -> None:
     for got in at_each(lambda: backend.mmap(world.vcpu, PAGE, 0), stop):
         if isinstance(got, int):
             backend.munmap(got, PAGE)
-        for address in vcpu_mappings() - mapped:  # it was lost on its way, as that of mmap(2) is; it would keep the vCPU
+        for address in vcpu_mappings() - mapped:  # lost on its way, as mmap(2)'s is; it would keep the vCPU
             backend.munmap(address, PAGE)
     fd = -1
 

@@ -224,6 +224,11 @@ struct ak_msr_state {
     int64_t tsc_offset;
 };
 
+/* struct kvm_pre_fault_memory, which headers before 6.11 lack. */
+struct ak_pre_fault_memory {
+    u64 gpa, size, flags, padding[5];
+};
+
 /* struct kvm_dirty_ring: of kvm_dirty_gfn entries in the vCPU file, from page 64 on. */
 struct ak_dirty_gfn;
 struct ak_dirty_ring {
