@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from anykvm.backends.soft import native
+from anykvm.abi import structures
+from anykvm.backends.soft import native, vcpu
 from anykvm.backends.soft.engine import library as engine
 from anykvm.backends.soft.engine import values
 from anykvm.backends.soft.engine.layout import Layout, mirrored, types_of
+from anykvm.backends.soft.profiles import Purge
 from anykvm.host import libc
 
 LIBRARY = engine.library()
@@ -127,6 +129,18 @@ def test_loading_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "AkSlot", short)
     with pytest.raises(ImportError, match=r"struct ak_slot: (mapped|any_mapped) is \d bytes at \d+ in C, not there"):
         engine.load(engine.PATH)
+
+
+def test_a_request_of_another_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KVM_PRE_FAULT_MEMORY copies all of its structure back."""
+    monkeypatch.setattr(structures, "kvm_pre_fault_memory", structure([("gpa", ctypes.c_uint64)]))
+    with pytest.raises(ImportError, match="struct ak_pre_fault_memory is 64 bytes in C, 8 bytes in Python"):
+        engine.load(engine.PATH)
+
+
+def test_every_purge_has_its_value() -> None:
+    assert set(vcpu._PURGES) == set(Purge)
+    assert sorted(vcpu._PURGES.values()) == sorted(VALUES[name] for name in VALUES if name.startswith("AK_PURGE_"))
 
 
 def test_importing_refuses() -> None:

@@ -41,7 +41,7 @@ libc.calloc.restype = ctypes.c_void_p
 short = libc.calloc(1, ctypes.sizeof(AkSlot) - 16)
 engine.ak_set_memslot(engine.ak_vm_create(), None, ctypes.cast(short, ctypes.POINTER(AkSlot)))
 PYTHON
-[ "$found" = 99 ] && grep -q "AddressSanitizer.*ak_slot_insert" "$log" || { tail -20 "$log"; echo "sanitize: it does not find what it must ($found)"; exit 1; }
+[ "$found" = 99 ] && grep -q "AddressSanitizer.*ak_slot_prepare" "$log" || { tail -20 "$log"; echo "sanitize: it does not find what it must ($found)"; exit 1; }
 
 instrumented - "${tests[@]}" <<'PYTHON'
 import sys

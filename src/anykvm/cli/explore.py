@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from anykvm.cli.common import ExitCode, Fail, JsonOption
-from anykvm.cli.output import print_json
+from anykvm.cli.output import line, print_json
 from anykvm.explorer import (
     ARCHITECTURES,
     DEPTH,
@@ -31,6 +29,8 @@ from anykvm.explorer.diagram import diagram
 from anykvm.explorer.search import Found
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from anykvm.explorer.replay import Campaign, Replay
 
 HELP = """Search KVM_RUN's error ABI for traces in which a VMM misreads, loses or repeats something.
@@ -101,10 +101,10 @@ def _show_trace(name: str, game: Game, depth: int, *, replay: bool, json: bool) 
     if json:
         print_json(words.plain(trace) | ({"replay": _plain_replay(performed, why)} if replay else {}))
     else:
-        print("\n".join(diagram(trace)))
+        line("\n".join(diagram(trace)))
         if replay:
-            print()
-            print("\n".join(_replay_lines(performed, why)))
+            line()
+            line("\n".join(_replay_lines(performed, why)))
     if performed is not None and not performed.agrees:
         raise typer.Exit(ExitCode.FAILED)
 
@@ -157,8 +157,10 @@ def _plain(found: list[Found], campaign: Campaign | None) -> dict[str, Any]:
 
 def _show_table(found: list[Found]) -> None:
     if not sys.stdout.isatty():
-        print("\n".join(table.line(one) for one in found))
+        line("\n".join(table.line(one) for one in found))
         return
+    from rich.console import Console  # only here: it takes long to import
+
     console = Console(highlight=False)
     archs = dict.fromkeys(one.game.arch for one in found)
     first = [one for one in found if one.game.arch is next(iter(archs))]
@@ -179,6 +181,8 @@ def _show_table(found: list[Found]) -> None:
 
 
 def _show_grid(console: Console, rows: list[list[str]]) -> None:
+    from rich.table import Table
+
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for title in rows[0]:
         shown.add_column(title, overflow="fold")
@@ -193,8 +197,8 @@ def _show_campaign(campaign: Campaign) -> None:
         if replays := campaign.replays.get(name):
             profiles = ", ".join(dict.fromkeys(one.profile for _, one in replays))
             agreeing = sum(one.agrees for _, one in replays)
-            print(f"{name}: {agreeing} of {len(replays)} replays as in the model ({profiles})")
+            line(f"{name}: {agreeing} of {len(replays)} replays as in the model ({profiles})")
         elif name in campaign.refused:
-            print(f"{name}: not replayed: {campaign.refused[name]}")
+            line(f"{name}: not replayed: {campaign.refused[name]}")
     for trace, one in campaign.disagreeing:
-        print("\n".join([*diagram(trace), "", *_replay_lines(one, None)]))
+        line("\n".join([*diagram(trace), "", *_replay_lines(one, None)]))

@@ -50,7 +50,16 @@ cdef extern from *:
             PyGILState_Release(PyGILState_UNLOCKED);
         }
     }
+
+    /* Objects of a type without fields of its own are made as plain ones are. Cython's function for it does not give a
+     * subclass's objects the room for attributes that CPython 3.11 and 3.12 find quickly; each access cost 20 ns more. */
+    static void make_as_object(PyObject *type)
+    {
+        if (((PyTypeObject *)type)->tp_basicsize == PyBaseObject_Type.tp_basicsize)
+            ((PyTypeObject *)type)->tp_new = PyBaseObject_Type.tp_new;
+    }
     """
+    void make_as_object(object type)
     int Py_IsFinalizing()
     bint GC_IS_SCHEDULED
     void attach(void **keep) noexcept nogil
@@ -224,3 +233,5 @@ cdef class Dropped:
     def _dropped(self):
         return None
 
+
+make_as_object(Dropped)

@@ -112,6 +112,8 @@ static void *work(void *argument)
     }
     w->job->end(&w->keep);
     free(w->job);
+    pthread_mutex_lock(&lock); /* until who said END has let go of it */
+    pthread_mutex_unlock(&lock);
     free(w);
     return NULL;
 }
@@ -148,7 +150,8 @@ static struct worker *take_idle(void)
     return w;
 }
 
-/* The client gives its worker back; one too many ends, by a job that only says how. */
+/* The client gives its worker back; one too many ends, by a job that only says how. Such a worker frees itself, but not while
+ * the lock is held. */
 static void give_back(struct worker *w, const struct workers_job *job)
 {
     struct workers_job *last = NULL;
@@ -156,6 +159,7 @@ static void give_back(struct worker *w, const struct workers_job *job)
     if (nidle >= MAX_IDLE && (last = malloc(sizeof *last))) {
         *last = *job;
         w->job = last;
+        change(w, END);
     } else {
         __atomic_store_n(&w->state, IDLE, __ATOMIC_RELEASE);
         w->next = idle;
@@ -163,8 +167,6 @@ static void give_back(struct worker *w, const struct workers_job *job)
         nidle++;
     }
     pthread_mutex_unlock(&lock);
-    if (last)
-        change(w, END);
 }
 
 int workers_do(struct workers_job *job)

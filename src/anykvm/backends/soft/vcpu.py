@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 VCPU_MMAP_SIZE: Final = 3 * 4096
 """KVM_GET_VCPU_MMAP_SIZE: kvm_run, the PIO data page, the coalesced ring."""
 _KVMIO: Final = 0xAE
+_PURGES: Final = {
+    Purge.VCPU_RUN: values.AK_PURGE_VCPU_RUN,
+    Purge.BEFORE_LOCK: values.AK_PURGE_BEFORE_LOCK,
+    Purge.AFTER_LOCK: values.AK_PURGE_AFTER_LOCK,
+    Purge.AFTER_COMPLETION: values.AK_PURGE_AFTER_COMPLETION,
+    Purge.NEVER: values.AK_PURGE_NEVER,
+}
 __all__ = ["MAX_IO_MSRS", "VCPU_MMAP_SIZE", "Vcpu", "VcpuFile", "create_vcpu"]
 
 
@@ -116,8 +123,8 @@ def create_vcpu(vm_address: int, vcpu_id: int, profile: Profile, *, bsp: bool, r
         result = library().ak_vcpu_create(vm_address, vcpu_id, pages, byref(created))
         if result:
             raise Refused(-result, "no memory for a vCPU")
-        purge = list(Purge).index(profile.purge)
-        library().ak_vcpu_configure(created, profile.annotate_unresolved, _behaviour(profile), purge, bsp)
+        purge, behaviour = _PURGES[profile.purge], _behaviour(profile)
+        library().ak_vcpu_configure(created, profile.annotate_unresolved, behaviour, purge, bsp)
         if ring_size:
             library().ak_dirty_ring_setup(created, ring, ring_size // ENTRY_SIZE)
         return fd, Vcpu(created.value, vcpu_id, pages, ring, ring_size)

@@ -224,6 +224,11 @@ struct ak_msr_state {
     int64_t tsc_offset;
 };
 
+/* struct kvm_pre_fault_memory, which headers before 6.11 lack. */
+struct ak_pre_fault_memory {
+    u64 gpa, size, flags, padding[5];
+};
+
 /* struct kvm_dirty_ring: of kvm_dirty_gfn entries in the vCPU file, from page 64 on. */
 struct ak_dirty_gfn;
 struct ak_dirty_ring {
@@ -335,8 +340,6 @@ void ak_flush_pending(struct ak_vcpu *v);
 bool ak_guest_enter(struct ak_vcpu *v);
 void ak_guest_exit(struct ak_vcpu *v);
 
-/* files.c */
-
 /* engine.c */
 void ak_vcpu_reset(struct ak_vcpu *v);
 void ak_enter(struct ak_vcpu *v);
@@ -368,8 +371,6 @@ void ak_pokes_settle(struct ak_vcpu *v);
 void ak_watch(struct ak_vcpu *v);
 void ak_unwatch(struct ak_vcpu *v);
 void ak_ticker_in_child(void);
-
-/* sync.c */
 
 /* host.c */
 void ak_host_disposition(int signo, struct sigaction *action);
@@ -438,6 +439,7 @@ bool ak_gfn_is_private(const struct ak_vm *vm, u64 gfn);
 /* gmem_file.c */
 int ak_gmem_file_add(int fd, u64 size, u32 flags);
 void ak_gmem_file_remove(int fd);
+void ak_gmem_files_in_child(void);
 
 /* gmem.c */
 #define AK_GMEM_MMAP 1u /* GUEST_MEMFD_FLAG_* */

@@ -23,7 +23,7 @@
     X(void, ak_gmem_destroy, (struct ak_vm *, struct ak_gmem *))                                                       \
     X(int, ak_gmem_fd, (const struct ak_gmem *))                                                                       \
     X(int, ak_gmem_inject, (struct ak_vm *, struct ak_gmem *, u64, int))                                               \
-    X(int, ak_pre_fault_memory, (struct ak_vcpu *, u64 *, u64))                                                        \
+    X(int, ak_pre_fault_memory, (struct ak_vcpu *, struct ak_pre_fault_memory *, u64))                                 \
     X(int, ak_device_add, (u64, u64))                                                                                  \
     X(void, ak_device_remove, (u64))                                                                                   \
     X(void, ak_device_handler, (ak_device_fault *))                                                                    \

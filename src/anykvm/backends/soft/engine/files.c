@@ -147,8 +147,8 @@ static struct flock whole_file(short type)
 }
 
 /* Let a descriptor, and every duplicate of it, stand for a new file, that of a vCPU or (NULL) of something else; own is a
- * descriptor of the inode that does not count, or -1. Returns the file's number, which is never used twice; -EBADF, -ENOMEM, -ENOLCK. A kernel without such locks is one where a file lives
- * while this process has a descriptor of it. */
+ * descriptor of the inode that does not count, or -1. Returns the file's number, which is never used twice; -EBADF,
+ * -ENOMEM, -ENOLCK. Where the kernel has no such locks a file lives while this process has a descriptor of it. */
 int64_t ak_file_add(int fd, struct ak_vcpu *vcpu, int own)
 {
     static u64 last;

@@ -282,15 +282,13 @@ static int pre_fault_page(struct ak_vcpu *v, u64 gpa)
     return stale && (!r || r == -ENOENT) ? retried_in_vain(v) : r;
 }
 
-#define PRE_FAULT_SIZE 64 /* struct kvm_pre_fault_memory, which headers before 6.11 lack: gpa, size, flags, padding */
-
-/* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): range is the request, whose gpa and size are moved past what was done.
- * All of it goes back to the caller's structure at user. 0 if anything was done, else the negative errno
- * of the first page. A page that fails on the way with an annotation leaves it in kvm_run, also when the result is 0; so
- * does a signal that comes while it waits for a page. It reads, and follows the attributes. */
-int ak_pre_fault_memory(struct ak_vcpu *v, u64 *range, u64 user)
+/* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): gpa and size of the request are moved past what was done, and all of
+ * it goes back to the caller's structure at user. 0 if anything was done, else the negative errno of the first page. A page
+ * that fails on the way with an annotation leaves it in kvm_run, also when the result is 0; so does a signal that comes
+ * while it waits for a page. It reads, and follows the attributes. */
+int ak_pre_fault_memory(struct ak_vcpu *v, struct ak_pre_fault_memory *range, u64 user)
 {
-    u64 size = range[1], mask = ak_signals_defer(); /* one that comes while it waits for the vCPU is pending then */
+    u64 size = range->size, mask = ak_signals_defer(); /* one that comes while it waits for the vCPU is pending then */
     int r = ak_vcpu_lock(v);
     if (r) {
         ak_signals_restore(mask);
@@ -298,13 +296,13 @@ int ak_pre_fault_memory(struct ak_vcpu *v, u64 *range, u64 user)
     }
     ak_signals_enter(v);
     v->outer_mask = v->active_mask = mask; /* KVM_SET_SIGNAL_MASK is for KVM_RUN */
-    while (range[1] && !(r = pre_fault_page(v, range[0]))) {
-        range[0] += AK_PAGE_SIZE;
-        range[1] -= AK_PAGE_SIZE;
+    while (range->size && !(r = pre_fault_page(v, range->gpa))) {
+        range->gpa += AK_PAGE_SIZE;
+        range->size -= AK_PAGE_SIZE;
     }
     ak_signals_leave(v);
     ak_vcpu_unlock(v);
-    if (ak_copy_out(user, range, PRE_FAULT_SIZE))
+    if (ak_copy_out(user, range, sizeof *range))
         return -EFAULT;
-    return range[1] == size ? r : 0;
+    return range->size == size ? r : 0;
 }

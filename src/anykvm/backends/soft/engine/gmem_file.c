@@ -24,6 +24,17 @@ struct known {
 static struct known *known_files;
 static volatile u32 count;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER; /* interpose() */
+
+/* Another thread of the parent may have held them. What it was about to change is whole: a file is known by one store. */
+void ak_gmem_files_in_child(void)
+{
+    pthread_mutex_init(&lock, NULL);
+    pthread_mutex_init(&once, NULL);
+    count = 0;
+    for (const struct known *k = known_files; k; k = k->next)
+        count += k->ino != 0;
+}
 
 static const struct known *gmem_of(int fd)
 {
@@ -225,7 +236,6 @@ static struct ak_interposed functions[functions_count] = {
 /* Once, and again where it failed. 0 or a negative errno. */
 static int interpose(void)
 {
-    static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER;
     static bool done;
     pthread_mutex_lock(&once);
     int code = done ? 0 : ak_interpose(functions, functions_count);

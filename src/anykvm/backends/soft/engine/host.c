@@ -1,9 +1,9 @@
 /* Host memory that may not be there. Guest memory is the process's own, so the host's MMU is the second stage of the
  * guest's: what it refuses arrives here as SIGSEGV or SIGBUS. Two cases are ours: an access under a guard (a TLB fill
- * probing a page, a copy from or to the caller), and an access by guest code whose mapping changed behind our back
- * (fault.c leaves the guest precisely). So is a trap of the engine itself, for which SIGILL and SIGFPE are taken too
- * (trap.c). A last one is the ticker's (poke.c): a fault waits for its handler and a signal
- * waits for the thread. What somebody sent waits until KVM_RUN is over (signals.c). Everything else goes to whoever
+ * probing a page, a copy from or to the caller), and an access by guest code whose mapping changed without a
+ * word to us (fault.c leaves the guest precisely). So is a trap of the engine itself, for which SIGILL and SIGFPE are
+ * taken too (trap.c). A last one is the ticker's (poke.c): a fault waits for its handler, and a signal waits for the
+ * thread. What somebody sent waits until KVM_RUN is over (signals.c). Everything else goes to whoever
  * handled the signal before. */
 #define _GNU_SOURCE
 #include "engine_internal.h"

@@ -5,7 +5,7 @@
 
 #define AK_CONTRACT_FIELDS(X)                                                                                          \
     X(run) X(exit) X(exit.kind) X(exit.err) X(exit.annotate) X(completion) X(stopping) X(string_in) X(has_sigmask)     \
-    X(annotate_all) X(ran) X(sync_supported) X(mp_state)
+    X(annotate_all) X(ran) X(purge) X(sync_supported) X(mp_state)
 #define AK_EXIT_KINDS(X)                                                                                               \
     X(AK_EXIT_NONE) X(AK_EXIT_KICKED) X(AK_EXIT_IO) X(AK_EXIT_MMIO) X(AK_EXIT_HLT) X(AK_EXIT_SHUTDOWN)                 \
     X(AK_EXIT_FAULT) X(AK_EXIT_EMULATION) X(AK_EXIT_SET_TPR) X(AK_EXIT_DELIVERY) X(AK_EXIT_IRQ_WINDOW)                 \
@@ -13,6 +13,8 @@
 #define AK_COMPLETIONS(X)                                                                                              \
     X(AK_COMPLETE_NONE) X(AK_COMPLETE_PIO) X(AK_COMPLETE_STRING_IN) X(AK_COMPLETE_MMIO_READ)                           \
     X(AK_COMPLETE_MMIO_WRITE) X(AK_COMPLETE_HYPERCALL)
+#define AK_PURGES(X)                                                                                                   \
+    X(AK_PURGE_VCPU_RUN) X(AK_PURGE_BEFORE_LOCK) X(AK_PURGE_AFTER_LOCK) X(AK_PURGE_AFTER_COMPLETION) X(AK_PURGE_NEVER)
 
 static inline u64 ak_contract_stamp(void)
 {
@@ -22,6 +24,7 @@ static inline u64 ak_contract_stamp(void)
     AK_CONTRACT_FIELDS(AK_STAMP_FIELD)
     AK_EXIT_KINDS(AK_STAMP)
     AK_COMPLETIONS(AK_STAMP)
+    AK_PURGES(AK_STAMP)
     return stamp;
 }
 u64 ak_engine_stamp(void);

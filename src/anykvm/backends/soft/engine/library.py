@@ -151,6 +151,7 @@ def check_layout(layout: Layout) -> None:
     """Compare the library with what Python knows of it. Raises ImportError, which names the first difference."""
     layout.check_structure("ak_slot", AkSlot)
     check_sizes(layout, STRUCTURES)
+    layout.check_size("ak_pre_fault_memory", s.kvm_pre_fault_memory)
     layout.check_values(mirrored(vars(values)))
     layout.check_signatures(SIGNATURES)
 

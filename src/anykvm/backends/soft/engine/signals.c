@@ -111,7 +111,6 @@ bool ak_is_poke(const siginfo_t *info)
            held.vcpu->pokes != held.vcpu->pokes_seen;
 }
 
-/* The pending ones of `blocked`, which are blocked. */
 /* Signals that are pending for this thread alone; all, where there is no /proc to say which. */
 static u64 pending_for_thread(void)
 {

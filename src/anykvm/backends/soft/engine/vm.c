@@ -15,6 +15,7 @@ static void in_child(void)
     ak_signals_in_child();
     ak_ticker_in_child();
     ak_devices_in_child();
+    ak_gmem_files_in_child();
 }
 
 static void __attribute__((constructor)) watch_forks(void)
