@@ -1,4 +1,4 @@
-"""A signal that another thread of Python takes while the main thread is in KVM_RUN: it ends that KVM_RUN, whatever its number."""
+"""A signal that another thread of Python takes while the main thread is in KVM_RUN ends that KVM_RUN, as any does."""
 
 from __future__ import annotations
 
