@@ -148,7 +148,13 @@ ATOMIC = Extension(
 )
 
 #: Calls from the engine into Python.
-UPCALL = Extension("anykvm.backends.soft.upcall", ["src/anykvm/backends/soft/upcall.pyx"], extra_compile_args=["-O2"])
+UPCALL = Extension(
+    "anykvm.backends.soft.upcall",
+    ["src/anykvm/backends/soft/upcall.pyx", "src/anykvm/backends/soft/python_flag.c"],
+    include_dirs=["src/anykvm/backends/soft"],
+    depends=["src/anykvm/backends/soft/python_flag.h"],
+    extra_compile_args=["-O2"],
+)
 
 setup(
     ext_modules=cythonize([RUN, ATOMIC, UPCALL], include_path=["src"], build_dir="build/cython", language_level=3),

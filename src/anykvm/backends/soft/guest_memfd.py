@@ -101,7 +101,11 @@ def create_guest_memfd(vm: Vm, arg: int) -> int:
         os.set_inheritable(fd, True)
         result: int = library().ak_gmem_create(vm.address, fd, size, request.flags, byref(address))
         if result:
-            raise Refused(-result, f"a file of {size:#x} bytes cannot be mapped")
+            why = {
+                errno.ENOENT: "/proc is needed for it, and is not there",
+                errno.ENOMEM: f"a file of {size:#x} bytes cannot be mapped",
+            }
+            raise Refused(-result, why.get(-result, ""))
         file = GuestMemfd(vm, address.value, size, request.flags)
         FILES.install(fd, file)
     except BaseException:

@@ -13,6 +13,9 @@ from collections.abc import Callable
 def device_fault_address() -> int:
     """Give the address of the C function that ``ak_device_handler()`` takes."""
 
+def python_signals_address() -> int:
+    """Give the address of the int that CPython sets while a signal waits for its Python function; 0: not known."""
+
 def install(function: Callable[[int, int], int]) -> None:
     """Have device faults answered by ``function(host address, access)``: an ``enum ak_device_answer``."""
 

@@ -5,6 +5,9 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from anykvm.host.atomic import client_thread
 
+cdef extern from "python_flag.h":
+    const int *python_signals_flag()
+
 cdef extern from "Python.h":
     void PyErr_SetObject(object kind, object value)
     void PyErr_WriteUnraisable(object where)
@@ -43,6 +46,10 @@ cdef int device_fault(uint64_t hva, uint32_t access) noexcept with gil:
 
 def device_fault_address():
     return <size_t>&device_fault
+
+
+def python_signals_address():
+    return <size_t>python_signals_flag()
 
 
 def install(function):

@@ -353,6 +353,7 @@ extern __thread struct ak_vcpu *ak_current __attribute__((tls_model("initial-exe
 /* signals.c */
 bool ak_signal_waits(const struct ak_vcpu *v);
 bool ak_python_interrupted(struct ak_vcpu *v);
+bool ak_python_signal_waits(const struct ak_vcpu *v);
 bool ak_hold_signal(const siginfo_t *info);
 bool ak_is_poke(const siginfo_t *info);
 u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS]);

@@ -26,6 +26,7 @@
     X(int, ak_pre_fault_memory, (struct ak_vcpu *, struct ak_pre_fault_memory *, u64))                                 \
     X(int, ak_device_add, (u64, u64))                                                                                  \
     X(void, ak_device_remove, (u64))                                                                                   \
+    X(void, ak_python_signals, (const int *))                                                                          \
     X(void, ak_device_handler, (ak_device_fault *))                                                                    \
     X(bool, ak_vm_in_device_fault, (const struct ak_vm *))                                                             \
     X(int64_t, ak_file_add, (int, struct ak_vcpu *, int))                                                              \

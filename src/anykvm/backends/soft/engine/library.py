@@ -12,6 +12,7 @@ import threading
 from typing import Any, Final
 
 from anykvm.abi import structures as s
+from anykvm.backends.soft import upcall
 from anykvm.backends.soft.engine import values
 from anykvm.backends.soft.engine.layout import Layout, check_sizes, mirrored
 from anykvm.host.atomic import atomically_or_here
@@ -89,6 +90,7 @@ SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_file_free": (None, (_u64,)),
     # host memory
     "ak_host_init": (_int, ()),
+    "ak_python_signals": (None, (_pointer,)),
     "ak_self_test": (ctypes.c_char_p, ()),
     # for tests
     "ak_fail_allocation": (None, (_u32,)),
@@ -140,6 +142,7 @@ def load(path: str) -> ctypes.CDLL:
             function.argtypes = arguments
     except (OSError, AttributeError, ImportError) as error:
         raise ImportError(f"anykvm's engine does not fit this installation: {path}: {error}") from error
+    loaded.ak_python_signals(upcall.python_signals_address())
     install_handlers(loaded)
     wrong = loaded.ak_self_test()
     if wrong:

@@ -246,10 +246,10 @@ static bool deliverable(const struct ak_vcpu *v, u64 pending)
     return false;
 }
 
-/* Whether one of these, which are pending, would end the vCPU's KVM_RUN. Any thread; those of faults are never blocked. */
+/* Whether one of these, which are pending, or one that CPython has noted, would end the vCPU's KVM_RUN. Any thread; those of faults are never blocked. */
 bool ak_signals_would_end(const struct ak_vcpu *v, u64 pending)
 {
-    return deliverable(v, pending & everything);
+    return deliverable(v, pending & everything) || ak_python_signal_waits(v);
 }
 
 /* Whether one waits for this thread that the vCPU should take. Also in a signal handler. */
@@ -257,7 +257,7 @@ bool ak_signal_waits(const struct ak_vcpu *v)
 {
     u64 pending = 0;
     syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
-    return v->device_interrupted || deliverable(v, pending | held.signals);
+    return v->device_interrupted || deliverable(v, pending | held.signals) || ak_python_signal_waits(v);
 }
 
 /* signal_pending() under the active mask. */
