@@ -32,6 +32,7 @@ def send():
         os.kill(os.getpid(), number)
 
 signal.signal(number, end)
+os.register_at_fork(after_in_child=lambda: signal.signal(number, signal.SIG_DFL))  # a pool ends its workers by SIGTERM
 mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 os.register_at_fork(**{when: send})
 try:

@@ -12,6 +12,7 @@ import os
 
 import pytest
 
+from anykvm.conformance import uffd
 from anykvm.conformance.host import Host
 from stress import board as b
 from stress import host_areas
@@ -51,3 +52,25 @@ def test_a_fault_on_any_page_can_be_looked_at(kind: str, userfaultfd: bool, monk
             world.board.put(runner.note + b.NOTE_ADDRESS, page // b.PAGES * b.ADDRESSES)
             world.board.put(runner.note + b.NOTE_PAGE, page)
             runner.look_again()
+
+
+def test_the_memory_of_an_ordinary_user_s_userfaultfd_can_be_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its handler is not asked for faults of system calls: process_vm_readv of such a page is EFAULT."""
+    allowed = uffd._open
+
+    def ordinary(flags: int) -> int:
+        if flags == 0:
+            raise PermissionError(errno.EPERM, "userfaultfd: Operation not permitted")
+        return allowed(flags)
+
+    monkeypatch.setattr(uffd, "_open", ordinary)
+    with World(seed=2, rings=False) as world:
+        if world.missing:
+            pytest.skip(f"NOT TESTED: {world.missing}")
+        area = world.areas[-1]
+        assert isinstance(area, host_areas.Userfault)
+        with pytest.raises(OSError, match="Bad address"):
+            area.host.get(0, b.PAGE)
+        area.start()
+        for page in range(b.PAGES):
+            assert any(area.read(page))

@@ -50,12 +50,17 @@ for file in /etc/pip.conf /etc/xdg/pip /etc/resolv.conf /etc/hosts /etc/ssl/cert
     [ ! -e "$file" ] || { mkdir -p "$root$(dirname "$file")" && cp -rL "$file" "$root$file"; }
 done
 chroot "$root" useradd --create-home newcomer
+for file in "${XDG_CONFIG_HOME:-$HOME/.config}/pip" "$HOME/.pip"; do
+    [ ! -e "$file" ] || { mkdir -p "$root/home/newcomer/.config" && cp -rLT "$file" "$root/home/newcomer/.config/pip"; }
+done
 mkdir "$root/home/newcomer/anykvm"
+# Nothing that was built here: its environment is none there.
 if git rev-parse --git-dir >/dev/null 2>&1; then
-    git ls-files -z | xargs -0 cp --parents -t "$root/home/newcomer/anykvm"
+    git ls-files -z
 else
-    cp -r . "$root/home/newcomer/anykvm"
-fi
+    find . \( -name .venv -o -name build -o -name .git -o -name __pycache__ \) -prune -o -type f ! -name '*.so' -print0
+fi | while IFS= read -r -d '' file; do [ ! -e "$file" ] || printf '%s\0' "$file"; done |
+    xargs -0 cp --parents -t "$root/home/newcomer/anykvm"
 chroot "$root" chown -R newcomer: /home/newcomer
 mapfile -t network < <(env | grep -E '^(PIP_|SSL_CERT_FILE=|REQUESTS_CA_BUNDLE=|https?_proxy=|HTTPS?_PROXY=)' || true)
 

@@ -3,6 +3,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
+export BIN=$bin
 failed=()
 step() {
     local name=$1
@@ -18,6 +19,7 @@ step "doctests" "$bin/python" -m pytest -q --doctest-modules src/anykvm/api src/
     --ignore=src/anykvm/backends/soft/run.py --ignore=src/anykvm/backends/soft/native.py
 step "the contract's branch coverage" "$bin/python" tools/contract_coverage.py
 step "tests" "$bin/python" -m pytest
+step "tests with the system's Python" tools/test_system_python.sh
 if [ ${#failed[@]} -gt 0 ]; then
     echo "make test: FAILED: ${failed[*]}"
     exit 1
