@@ -223,7 +223,9 @@ def test_a_guest_memfd_that_is_missing(alarms: list[int]) -> None:
     """A signal while the look-up of a private page sleeps is EINTR, not a failed look-up."""
     with private_guest() as guest:
         maps = [
-            line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:guest_memfd " in line
+            line.split()
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if "memfd:guest_memfd " in line and line.split()[4] == str(os.fstat(guest.gmem).st_ino)
         ]
         address = int(maps[-1][0].split("-")[0], 16)
         faults = Userfaultfd(Host(address, SIZE))
