@@ -59,6 +59,8 @@ class Vm:
         self.bsp_vcpu_id = 0
         self.max_vcpu_ids = 0
         """Limit of KVM_ENABLE_CAP(KVM_CAP_MAX_VCPU_ID); 0: not set."""
+        self.refusal_hook: object = None
+        """Keeps what the engine asks about page look-ups (refusal.c); a layer's."""
         finalizer = weakref.finalize(self, _destroy, address, self.vcpus, engine.ak_mm_generation())
         finalizer.atexit = False  # the process's end frees everything, and threads may still be running guests
 

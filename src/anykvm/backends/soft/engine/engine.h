@@ -129,6 +129,9 @@ struct ak_slot {
 struct ak_vcpu;
 struct ak_gmem;
 
+enum ak_lookup { AK_LOOKUP_HVA, AK_LOOKUP_GMEM }; /* hva_to_pfn(), kvm_gmem_get_pfn() */
+typedef int (*ak_refusal_hook)(u32 lookup, u32 vcpu_id, u64 gpa, u32 access);
+
 struct ak_range {
     u64 first, last;          /* guest frames */
 };
@@ -157,6 +160,7 @@ struct ak_vm {
     u64 hypercall_exits;      /* KVM_CAP_EXIT_HYPERCALL: numbers that go to user space */
     u32 map_writable;         /* profile: a page that is read is mapped for writing if it can be (mapped.c) */
     volatile u32 zaps;        /* how often a slot has gone or moved */
+    ak_refusal_hook refusal_hook; /* asked in front of a page's look-up; NULL: nobody (refusal.c) */
 };
 
 /* A pending exception: kvm_queued_exception, kept over a KVM_RUN that failed while delivering it. */
@@ -291,6 +295,7 @@ struct ak_vcpu {
     void *tlb_flush_pending;
     u32 gmem_closings;        /* those of the VM that its TLB knows of */
     struct ak_dirty_ring ring;
+    u32 interrupted;          /* a look-up was refused as if a signal had come (refusal.c) */
 };
 
 /* vm.c */
@@ -369,6 +374,11 @@ int ak_copy_out(u64 to, const void *from, u64 size);
 int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned);
 u32 ak_hva_to_pfn(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
 u32 ak_hva_refused(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
+
+/* refusal.c */
+void ak_vm_refusal_hook(struct ak_vm *vm, ak_refusal_hook hook);
+int ak_refused(struct ak_vcpu *v, enum ak_lookup lookup, u64 gpa, enum ak_access access);
+u32 ak_refusal_pfn(int why);
 int ak_device_add(u64 start, u64 size);
 void ak_device_remove(u64 start);
 void ak_device_handler(int (*fault)(u64 hva, u32 access));

@@ -40,6 +40,9 @@ _pointer = ctypes.c_void_p
 DEVICE_FAULT: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32)
 """The fault handler of device mappings: host address of the page and access, to ``enum ak_device_answer``."""
 
+REFUSAL_HOOK: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint32)
+"""Asked in front of a page's look-up: ``enum ak_lookup``, vCPU id, gpa, access; see refusal.c."""
+
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     # VM
     "ak_vm_create": (_address, ()),
@@ -67,6 +70,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_device_add": (_int, (_address, _u64)),
     "ak_device_remove": (None, (_address,)),
     "ak_device_handler": (None, (DEVICE_FAULT,)),
+    "ak_vm_refusal_hook": (None, (_address, _pointer)),
     # host memory
     "ak_host_init": (_int, ()),
     "ak_self_test": (ctypes.c_char_p, ()),

@@ -147,6 +147,7 @@ void ak_signals_enter(struct ak_vcpu *v)
     }
     held.running = true;
     v->active_mask = v->has_sigmask ? v->sigmask : v->outer_mask;
+    v->interrupted = 0;
 }
 
 static void send_sigbus(u64 hva)
@@ -199,6 +200,8 @@ bool ak_signals_would_end(const struct ak_vcpu *v, u64 pending)
 bool ak_signal_pending(struct ak_vcpu *v)
 {
     u64 pending = 0;
+    if (v->interrupted)
+        return true;
     syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
     return deliverable(v, pending | held.signals) || ak_python_interrupted(v);
 }
