@@ -1,4 +1,4 @@
-"""The inject layer: each site, each errno, each way to select; what it leaves in kvm_run; and the line that replays it."""
+"""The inject layer: each site and errno, what it leaves in kvm_run; and the line that replays it."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_stale_exit_reasons(reason: str) -> None:
 
 
 def test_immediate_exit_races() -> None:
-    """Another thread's kick comes just before KVM_RUN: the answer is taken, the guest is not entered, nothing is lost."""
+    """A kick comes just before KVM_RUN: the answer is taken, the guest is not entered, nothing is lost."""
     inject = Inject(anykvm.backend("soft"), ["KVM_RUN:race=immediate_exit,nth=2"])
     with anykvm.open(inject) as kvm, GuestMemory(4096) as memory:
         vcpu = real_mode(kvm, bytes.fromhex("e410 f4"), memory)

@@ -84,7 +84,8 @@ class Rule:
         """Check all of it, and fill in what depends on the rest."""
         _check_types(self)
         if not sites.known(self.site):
-            near = difflib.get_close_matches(self.site, sites.all_sites(), 1)
+            spelt = {site.upper(): site for site in sites.all_sites()}
+            near = [spelt[name] for name in difflib.get_close_matches(self.site.upper(), spelt, 1)]
             hint = f"; did you mean {near[0]}?" if near else "; an ioctl's name, ioctl, open, mmap, hva_to_pfn, ..."
             raise RuleError("site", f"no site {self.site!r}{hint}")
         if self.gpa >= 0 and self.gpa_end < 0:
