@@ -10,6 +10,7 @@ import typer
 
 from anykvm.cli import guest
 from anykvm.cli.common import BackendOption, ProfileOption, choose, opened
+from anykvm.cli.injection import InjectOption, injecting
 
 HELP = """Run IMAGE, a flat binary or a static ELF executable, and print its exits to stderr, one a line.
 
@@ -18,7 +19,8 @@ addresses have nothing behind them: a read gives all ones. Memory begins at 0. E
 ELF64 in long mode (one-to-one page tables up to 4 GiB), a flat binary in real mode, unless told otherwise. In
 protected and long mode the first pages hold the mode's tables.
 
-Host memory can be taken away before the guest runs: touching it is a memory fault; `anykvm explain` says why.
+Host memory can be taken away before the guest runs: touching it is a memory fault; `anykvm explain` says why. Any
+call of KVM can be made to fail with --inject; what was injected is said on stderr, with the rule that replays it.
 
 Exit codes: 0 the guest halted; 2 wrong usage or image; 3 no usable backend; 4 shutdown (triple fault); 5 memory fault;
 6 internal error or an exit not served here; 7 KVM_RUN failed with an errno; 8 --max-exits reached; 124 --timeout over;
@@ -40,6 +42,7 @@ def execute(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No exits; only output, and which backend.")] = False,
     backend: BackendOption = "auto",
     profile: ProfileOption = None,
+    inject: InjectOption = None,
 ) -> None:
     """Run an image to its end."""
     accidents = guest.Accidents(no_access or [], read_only or [], unmap or [], beyond_file)
@@ -47,7 +50,7 @@ def execute(
     selection = choose(backend, profile)
     guest.say_backend(selection)
     with ExitStack() as stack:
-        kvm = stack.enter_context(opened(selection))
+        kvm = stack.enter_context(opened(stack.enter_context(injecting(selection, inject))))
         vcpu = guest.machine(stack, kvm, wanted)
         guest.finish(guest.run(vcpu, wanted, _emit, quiet))
 

@@ -21,6 +21,7 @@ from anykvm.cli.common import (
     opened,
     print_json,
 )
+from anykvm.cli.injection import InjectOption, injecting
 
 if TYPE_CHECKING:
     from anykvm.cli.explanation import Report
@@ -61,6 +62,7 @@ def explain(
     json: JsonOption = False,
     backend: BackendOption = "soft",
     profile: ProfileOption = None,
+    inject: InjectOption = None,
 ) -> None:
     """Run an image into a failure, and explain that."""
     # Only here: the disassembler is large, and other commands need none.
@@ -70,9 +72,9 @@ def explain(
     accidents = guest.Accidents(no_access or [], read_only or [], unmap or [], beyond_file)
     wanted = guest.settings(image, (mode, load, entry), memory, accidents, (max_exits, timeout))
     selection = _choose(backend, profile)
-    layer = Annotate(selection.backend)
     guest.say_backend(selection)
     with ExitStack() as stack:
+        layer = Annotate(stack.enter_context(injecting(selection, inject)).backend)
         kvm = stack.enter_context(opened(selection._replace(backend=layer)))
         vcpu = guest.machine(stack, kvm, wanted)
         report = _run(layer, vcpu, wanted, quiet)

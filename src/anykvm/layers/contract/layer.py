@@ -26,6 +26,8 @@ from anykvm.layers.shadow import LEARNED, Shadow, ShadowVcpu
 
 _KVM_RUN: Final = n.KVM_RUN
 _REASON: Final = span(kvm_run, "exit_reason").start
+_SUSPECT: Final = bytes(reason in (c.KVM_EXIT_MEMORY_FAULT, c.KVM_EXIT_INTR) for reason in range(256))
+"""By exit reason: whether a KVM_RUN that succeeds never has it."""
 _END: Final = reader(kvm_run, "exit_reason", "memory_fault.flags", "memory_fault.gpa", "memory_fault.size").unpack_from
 _CANARY: Final = 0xFFFFFF39
 """Stands in exit_reason for a KVM_EXIT_MEMORY_FAULT that was there before KVM_RUN. x86 does not read it: ABI.md 7.5."""
@@ -112,7 +114,7 @@ class Contract(Layer):
     def _hot_path(self) -> Callable[..., int]:
         """Make ``ioctl`` as a closure: a KVM_RUN that succeeds after one that did costs half of what a method costs."""
         run, inner, clean, other = _KVM_RUN, self.inner.ioctl, self._clean, self.ioctl
-        memory_fault, intr, at = c.KVM_EXIT_MEMORY_FAULT, c.KVM_EXIT_INTR, _REASON
+        at, suspect = _REASON, _SUSPECT
 
         def ioctl(fd: int, request: int, arg: int = 0) -> int:
             if request != run:
@@ -126,8 +128,7 @@ class Contract(Layer):
             except OSError as error:
                 self._failed(fd, error)
                 raise
-            reason = page[at]  # the low byte: both fit into it
-            if reason == memory_fault or reason == intr:  # noqa: SIM109  (faster)
+            if suspect[page[at]]:  # the low byte: both reasons fit into it
                 self._failed(fd, None)
             return result
 
