@@ -85,7 +85,8 @@ def _rules() -> st.SearchStrategy[Rule]:
         found = row(site)
         assert found is not None
         names = [errno_name(number) for number in sorted(found.errnos) if errno_name(number) != "EHWPOISON"]
-        return st.sampled_from([{"errno": name} for name in names] or [{"delay": 1.5}])
+        errnos: list[dict[str, object]] = [{"errno": name} for name in names]
+        return st.sampled_from(errnos or [{"delay": 1.5}])
 
     def build(site: str) -> st.SearchStrategy[Rule]:
         gpa: st.SearchStrategy[dict[str, object]] = st.just({})

@@ -23,9 +23,9 @@ from anykvm.layers.inject import Inject, Outcome, Rule, sweep
 from anykvm.testing import Machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import convert  # type: ignore[import-not-found]  # noqa: E402
-import poison  # type: ignore[import-not-found]  # noqa: E402
-import vepc  # type: ignore[import-not-found]  # noqa: E402
+import convert  # noqa: E402
+import poison  # noqa: E402
+import vepc  # noqa: E402
 
 
 def hello(backend: Backend) -> bytes:
