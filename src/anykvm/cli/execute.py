@@ -9,6 +9,7 @@ import typer
 
 from anykvm.cli import guest
 from anykvm.cli.common import BackendOption, ProfileOption, opened
+from anykvm.cli.injection import InjectOption, injecting
 from anykvm.cli.output import write
 
 HELP = """Run IMAGE, a flat binary or a static ELF executable, and print its exits to stderr, one a line.
@@ -21,7 +22,8 @@ protected and long mode the first pages hold the mode's tables.
 What is recognised as something else (a kernel for a boot loader, a program for an operating system, a disk image, a
 compressed file, text) is not run: the error says what it is and what would run it. --format insists.
 
-Host memory can be taken away before the guest runs: touching it is a memory fault; `anykvm explain` says why.
+Host memory can be taken away before the guest runs: touching it is a memory fault; `anykvm explain` says why. Any
+call of KVM can be made to fail with --inject; what was injected is said on stderr, with the rule that replays it.
 
 Exit codes: 0 the guest halted; 2 wrong usage or image; 3 no usable backend; 4 shutdown (triple fault); 5 memory fault;
 6 internal error or an exit not served here; 7 KVM_RUN failed with an errno, or the output could not be written; 8
@@ -44,6 +46,7 @@ def execute(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No exits; only output, and which backend.")] = False,
     backend: BackendOption = "auto",
     profile: ProfileOption = None,
+    inject: InjectOption = None,
 ) -> None:
     """Run an image to its end."""
     accidents = guest.Accidents(no_access or [], read_only or [], unmap or [], beyond_file)
@@ -51,7 +54,7 @@ def execute(
     selection = guest.choose_backend(backend, profile, accidents)
     guest.say_backend(selection)
     with ExitStack() as stack:
-        kvm = stack.enter_context(opened(selection))
+        kvm = stack.enter_context(opened(stack.enter_context(injecting(selection, inject))))
         vcpu = guest.machine(stack, kvm, wanted)
         guest.finish(guest.run(vcpu, wanted, _emit, quiet))
 

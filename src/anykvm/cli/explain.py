@@ -21,6 +21,7 @@ from anykvm.cli.common import (
     choose_for_faults,
     opened,
 )
+from anykvm.cli.injection import InjectOption, injecting
 from anykvm.cli.output import line, print_json
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def explain(
     json: JsonOption = False,
     backend: BackendOption = "auto",
     profile: ProfileOption = None,
+    inject: InjectOption = None,
 ) -> None:
     """Run an image into a failure, and explain that."""
     # Only here: the disassembler is large, and other commands need none.
@@ -72,9 +74,9 @@ def explain(
     accidents = guest.Accidents(no_access or [], read_only or [], unmap or [], beyond_file)
     wanted = guest.settings(image, guest.Format(format, mode, load, entry), memory, accidents, (max_exits, timeout))
     selection = _choose(backend, profile)
-    layer = Annotate(selection.backend)
     guest.say_backend(selection)
     with ExitStack() as stack:
+        layer = Annotate(stack.enter_context(injecting(selection, inject)).backend)
         kvm = stack.enter_context(opened(selection._replace(backend=layer)))
         vcpu = guest.machine(stack, kvm, wanted)
         report = _run(layer, vcpu, wanted, quiet)

@@ -6,7 +6,9 @@ A layer cannot ask KVM which memslots a VM has: no ioctl tells. So it watches th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
+import weakref
 from typing import Final, NamedTuple
 
 from anykvm.abi import ioctls as n
@@ -46,8 +48,17 @@ class ShadowVm:
         self.slots: dict[int, Slot] = {}
 
 
+class _Page(ctypes.c_uint8 * PAGE):  # type: ignore[misc]
+    """A class of its own, because only such a one takes weak references."""
+
+
 class ShadowVcpu:
-    """A vCPU: its VM, its number, and the layer's own mapping of its kvm_run page."""
+    """A vCPU: its VM, its number, and the layer's own mapping of its kvm_run page.
+
+    The mapping lives as long as this, or a view of it.
+    """
+
+    __slots__ = ("__weakref__", "page", "vcpu_id", "view", "vm")
 
     def __init__(self, vm: ShadowVm, vcpu_id: int) -> None:
         """Without a mapping yet."""
@@ -55,6 +66,16 @@ class ShadowVcpu:
         self.vcpu_id = vcpu_id
         self.page = 0
         """Address of the mapping; 0: it could not be made."""
+        self.view = memoryview(b"")
+        """The page's bytes, live; empty if there is no mapping."""
+
+    def map(self, inner: Backend, fd: int) -> None:
+        """Map the page of descriptor ``fd``, if that can be done."""
+        with contextlib.suppress(OSError):
+            self.page = inner.mmap(fd, PAGE, 0)
+            array = _Page.from_address(self.page)
+            weakref.finalize(array, _unmap, inner, self.page).atexit = False
+            self.view = memoryview(array).cast("B")
 
     @property
     def run(self) -> kvm_run:
@@ -79,6 +100,10 @@ class Shadow:
         """Find the vCPU of a descriptor; None for one that was not seen being made."""
         return self._vcpus.get(fd)
 
+    def vm(self, fd: int) -> ShadowVm | None:
+        """Find the VM of a descriptor; None for one that was not seen being made."""
+        return self._vms.get(fd)
+
     def slots(self, vm: ShadowVm) -> tuple[Slot, ...]:
         """List a VM's memslots as they are now."""
         with self._lock:
@@ -86,33 +111,28 @@ class Shadow:
 
     def learn(self, fd: int, request: int, arg: int, result: int) -> None:
         """Take note of an ioctl in ``LEARNED`` that worked."""
-        old: ShadowVcpu | None = None
         with self._lock:
             if request == n.KVM_CREATE_VM:
                 self._vms[result] = ShadowVm()
             elif (vm := self._vms.get(fd)) is None:
                 return
             elif request == n.KVM_CREATE_VCPU:
-                old = self._vcpus.pop(result, None)  # closed without this layer's close()
                 made = self._vcpus[result] = ShadowVcpu(vm, arg)
-                # Now, and not when something fails: it could land where guest memory was taken away.
-                with contextlib.suppress(OSError):
-                    made.page = self._inner.mmap(result, PAGE, 0)
+                made.map(self._inner, result)  # now: later it could land where guest memory was taken away
             else:
                 _learn_region(vm, request, arg)
-        self._unmap(old)
 
     def close(self, fd: int) -> None:
         """Forget a descriptor that is about to be closed."""
         with self._lock:
             self._vms.pop(fd, None)
             vcpu = self._vcpus.pop(fd, None)
-        self._unmap(vcpu)
+        del vcpu  # unmapped here, or when a thread that still looks at it is done
 
-    def _unmap(self, vcpu: ShadowVcpu | None) -> None:
-        if vcpu is not None and vcpu.page:
-            with contextlib.suppress(OSError):
-                self._inner.munmap(vcpu.page, PAGE)
+
+def _unmap(inner: Backend, page: int) -> None:
+    with contextlib.suppress(OSError):
+        inner.munmap(page, PAGE)
 
 
 def _learn_region(vm: ShadowVm, request: int, arg: int) -> None:

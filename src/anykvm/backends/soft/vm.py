@@ -71,6 +71,8 @@ class Vm:
         self.bsp_vcpu_id = 0
         self.max_vcpu_ids = 0
         """Limit of KVM_ENABLE_CAP(KVM_CAP_MAX_VCPU_ID); 0: not set."""
+        self.refusal_hook: object = None
+        """Keeps what the engine asks about page look-ups (refusal.c); a layer's."""
         # Not at the process's end: that frees everything, and threads may still be running guests.
         Finalizer(self, _destroy, address, self.vcpus, engine.ak_mm_generation())
 

@@ -149,6 +149,9 @@ struct ak_vcpu;
 struct ak_gmem;
 struct code_page;
 
+enum ak_lookup { AK_LOOKUP_HVA, AK_LOOKUP_GMEM }; /* hva_to_pfn(), kvm_gmem_get_pfn() */
+typedef int ak_refusal_hook(u32 lookup, u32 vcpu_id, u64 gpa, u32 access);
+
 struct ak_range {
     u64 first, last;          /* guest frames */
 };
@@ -178,6 +181,7 @@ struct ak_vm {
     u32 map_writable;         /* profile: a page that is read is mapped for writing if it can be (mapped.c) */
     volatile u32 zaps;        /* how often a slot has gone or moved */
     u32 device_faults;        /* vCPUs in a device's fault handler */
+    ak_refusal_hook *refusal_hook; /* asked in front of a page's look-up; NULL: nobody (refusal.c) */
 };
 
 /* A pending exception: kvm_queued_exception, kept over a KVM_RUN that failed while delivering it. */
@@ -329,6 +333,7 @@ struct ak_vcpu {
     struct ak_dirty_ring ring;
     bool device_raised, device_interrupted; /* by a device's fault handler, in this KVM_RUN */
     struct ak_file *file;     /* files.c */
+    u32 interrupted;          /* a look-up was refused as if a signal had come (refusal.c) */
 };
 
 #include "exports.h"
@@ -393,6 +398,10 @@ void ak_float_leave(struct ak_float mine);
 u32 ak_hva_to_pfn(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
 bool ak_device_deadlock(const struct ak_vm *vm);
 u32 ak_hva_refused(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
+
+/* refusal.c */
+int ak_refused(struct ak_vcpu *v, enum ak_lookup lookup, u64 gpa, enum ak_access access);
+u32 ak_refusal_pfn(int why);
 void ak_devices_in_child(void);
 void ak_mark_page_dirty(struct ak_vcpu *v, struct ak_slot *slot, u64 gfn);
 void ak_dirty_ring_check(struct ak_vcpu *v, uintptr_t retaddr);

@@ -29,6 +29,7 @@
     X(void, ak_python_signals, (const int *))                                                                          \
     X(void, ak_device_handler, (ak_device_fault *))                                                                    \
     X(bool, ak_vm_in_device_fault, (const struct ak_vm *))                                                             \
+    X(void, ak_vm_refusal_hook, (struct ak_vm *, ak_refusal_hook *))                                                   \
     X(int64_t, ak_file_add, (int, struct ak_vcpu *, int))                                                              \
     X(int64_t, ak_file_find, (int64_t))                                                                                \
     X(int, ak_file_close, (int64_t))                                                                                   \

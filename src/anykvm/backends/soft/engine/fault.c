@@ -27,6 +27,8 @@ static int slot_pfn(struct ak_vcpu *v, struct ak_slot *slot, enum ak_access acce
     if (access == AK_WRITE && (slot->flags & KVM_MEM_READONLY))
         return t->pfn = KVM_PFN_ERR_RO_FAULT;
     t->hva = t->fault_hva = slot->hva + ((gfn - slot->base_gfn) << 12);
+    if ((t->host_fault = (u32)ak_refused(v, AK_LOOKUP_HVA, t->gpa, access)))
+        return t->pfn = ak_refusal_pfn((int)t->host_fault);
     return t->pfn = ak_hva_to_pfn(v, t->hva, access, &t->host_fault);
 }
 

@@ -146,8 +146,11 @@ static int get_pfn(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enum 
         if (g->failures[i].offset == offset)
             return -g->failures[i].err;
     *hva = g->hva + offset;
-    (void)v;
-    int why = ak_host_touch(*hva, access == AK_WRITE, NULL);
+    int why = ak_refused(v, AK_LOOKUP_GMEM, gfn << 12, access);
+    if (why < 0)
+        return why;
+    if (!why)
+        why = ak_host_touch(*hva, access == AK_WRITE, NULL);
     if (why == AK_HOST_INTERRUPTED)
         return INTERRUPTED;
     return !why ? 0 : why == AK_HOST_POISONED ? -EHWPOISON : -ENOMEM;

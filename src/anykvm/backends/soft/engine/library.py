@@ -54,6 +54,9 @@ _i64 = ctypes.c_int64
 _int = ctypes.c_int
 _pointer = ctypes.c_void_p
 
+REFUSAL_HOOK: Final = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint32)
+"""Asked in front of a page's look-up: ``enum ak_lookup``, vCPU id, gpa, access; see refusal.c."""
+
 SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     # VM
     "ak_vm_create": (_address, ()),
@@ -80,6 +83,7 @@ SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "ak_device_add": (_int, (_address, _u64)),
     "ak_device_remove": (None, (_address,)),
     "ak_device_handler": (None, (_pointer,)),
+    "ak_vm_refusal_hook": (None, (_address, _pointer)),
     "ak_vm_in_device_fault": (ctypes.c_bool, (_address,)),
     # descriptors
     "ak_file_add": (_i64, (_int, _address, _int)),

@@ -203,6 +203,7 @@ void ak_signals_enter(struct ak_vcpu *v)
     held.running = true;
     v->device_raised = v->device_interrupted = false;
     v->active_mask = v->has_sigmask ? v->sigmask : v->outer_mask;
+    v->interrupted = 0;
 }
 
 static void send_sigbus(u64 hva)
@@ -263,7 +264,7 @@ bool ak_signal_waits(const struct ak_vcpu *v)
 /* signal_pending() under the active mask. */
 bool ak_signal_pending(struct ak_vcpu *v)
 {
-    return ak_signal_waits(v) || ak_python_interrupted(v);
+    return v->interrupted || ak_signal_waits(v) || ak_python_interrupted(v);
 }
 
 /* kvm_send_hwpoison_signal(): the vCPU's thread gets SIGBUS with the page's host address. True: it is deliverable, and
