@@ -542,6 +542,15 @@ def test_a_call_from_within_a_call_is_done_at_once() -> None:
     assert atomic.atomically(atomic.client_thread) == threading.get_ident() == atomic.client_thread()
 
 
+def test_objects_are_made_as_plain_ones_are() -> None:
+    """Python refuses this for a type that makes its objects otherwise. Their attributes would be found more slowly."""
+
+    class Kept(atomic.Dropped):
+        pass
+
+    assert type(object.__new__(Kept)) is Kept
+
+
 def test_an_error_has_no_foreign_frames(world: World) -> None:
     with pytest.raises(OSError, match="^.Errno 22. KVM_SET_USER_MEMORY_REGION: memory_size 0 deletes") as caught:
         world.slot(9, 0)

@@ -61,6 +61,16 @@ def commands(folder: Path) -> dict[str, tuple[list[str], int]]:
         "exec": (["exec", odd, *SOFT], 0),
         "explain": (["explain", f"{odd}.elf", *SOFT, "--unmap", "0x7000"], 0),
         "explain --json": (["explain", f"{odd}.elf", *SOFT, "--unmap", "0x7000", "--json"], 0),
+        "explore": (["explore", "--depth", "2", "--arch", "x86"], 0),
+        "explore --json": (["explore", "--depth", "2", "--arch", "x86", "--policy", "P1", "--json"], 0),
+        "explore --trace": (["explore", "--trace", "T1"], 0),
+    }
+
+
+def test_every_command_is_there(tmp_path: Path) -> None:
+    tried = {arguments[0] for arguments, _ in (*commands(tmp_path).values(), *mistakes(tmp_path).values())}
+    assert {one.name or one.callback.__name__ for one in app.app.registered_commands if one.callback} <= tried | {
+        "doctor"
     }
 
 

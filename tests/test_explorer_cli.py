@@ -54,10 +54,11 @@ def test_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0 and "repeated T10(4)" in out
 
 
-def test_a_terminal_gets_tables() -> None:
+def on_a_terminal(*arguments: str, columns: int = 80) -> str:
+    """What the command prints on one; it must end with 0."""
     master, slave = pty.openpty()
-    arguments = command("explore", "--policy", "P1", "--rule", "qemu")
-    with subprocess.Popen(arguments, stdout=slave, env=environment(), text=True) as child:
+    variables = {**environment(), "COLUMNS": str(columns), "TERM": "xterm"}
+    with subprocess.Popen(command("explore", *arguments), stdout=slave, env=variables, text=True) as child:
         os.close(slave)
         seen = b""
         while True:
@@ -69,12 +70,25 @@ def test_a_terminal_gets_tables() -> None:
                 break
             seen += block
     os.close(master)
-    text = seen.decode()
     assert child.returncode == 0
+    return re.sub(r"\x1b\[[0-9;]*m|\r", "", seen.decode())
+
+
+def test_a_terminal_gets_tables() -> None:
+    text = on_a_terminal("--policy", "P1", "--rule", "qemu")
     for wanted in Property:
         assert re.search(rf"^{wanted.value} +qemu", text, re.MULTILINE)
         assert re.search(rf"^{wanted.value} +x86 +arm64 ", text, re.MULTILINE)
     assert ENTRIES["T6"].title in text and "states: all there are" in text
+
+
+@pytest.mark.parametrize("columns", [1, 40, 80, 132, 200])
+def test_no_name_is_broken_at_any_width(columns: int) -> None:
+    """Tables where they fit, lines where they do not."""
+    text = on_a_terminal("--depth", "3", "--arch", "x86", columns=columns)
+    words = set(text.replace(",", " ").replace(";", " ").replace(":", " ").split())
+    assert {*RULES, *POLICIES, "T8n(3)", "T9f(3)"} <= words
+    assert ("x86, by VMM" in text) == (columns == 200)
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

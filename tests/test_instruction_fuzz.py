@@ -18,7 +18,7 @@ DOCUMENT = Path(__file__).parents[1] / "docs/engine_helpers.md"
 
 
 def test_no_instruction_harms_the_process() -> None:
-    report = campaign(CASES, seed=0, seconds=60)
+    report = campaign(CASES, seed=0)
     assert not report.findings, "\n".join(map(str, report.findings))
     assert report.cases == CASES
 

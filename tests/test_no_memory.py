@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -177,7 +178,7 @@ def test_each_allocation_of_pythons_fails_in_turn(bench: Bench, name: str, monke
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's keeps frames, and so files
     do: Callable[[], Undo] = getattr(bench, name)
     do()()
-    before = descriptors()
+    before, thresholds = descriptors(), gc.get_threshold()
     in_a_row = 0
     for nth in range(1, 600):
         bench.fewer_vcpus()
@@ -195,6 +196,8 @@ def test_each_allocation_of_pythons_fails_in_turn(bench: Bench, name: str, monke
         except OSError as error:
             raise AssertionError(f"{name} is not as before after its allocation {nth} failed: {error}") from error
         assert descriptors() == before, nth
+    do()()
+    assert gc.get_threshold() == thresholds
 
 
 def test_an_engine_without_memory_is_not_made() -> None:

@@ -29,8 +29,6 @@ from anykvm.explorer.diagram import diagram
 from anykvm.explorer.search import Found
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from anykvm.explorer.replay import Campaign, Replay
 
 HELP = """Search KVM_RUN's error ABI for traces in which a VMM misreads, loses or repeats something.
@@ -156,40 +154,50 @@ def _plain(found: list[Found], campaign: Campaign | None) -> dict[str, Any]:
 
 
 def _show_table(found: list[Found]) -> None:
-    if not sys.stdout.isatty():
-        line("\n".join(table.line(one) for one in found))
-        return
-    from rich.console import Console  # only here: it takes long to import
-
-    console = Console(highlight=False)
+    """Print tables if stdout is a terminal and they fit; else a line for each game."""
     archs = dict.fromkeys(one.game.arch for one in found)
     first = [one for one in found if one.game.arch is next(iter(archs))]
-    console.print(f"[bold]{first[0].game.arch.name}[/], by VMM\n")
-    for wanted in Property:
-        _show_grid(console, table.grid(first, wanted))
+    parts = {f"{first[0].game.arch.name}, by VMM": [table.grid(first, wanted) for wanted in Property]}
     if len(archs) > 1:
-        console.print("[bold]by architecture[/], whatever the VMM\n")
-        for wanted in Property:
-            _show_grid(console, table.architectures(found, wanted))
+        parts["by architecture, whatever the VMM"] = [table.architectures(found, wanted) for wanted in Property]
+    if not sys.stdout.isatty() or not _draw(parts):
+        line("\n".join(table.line(one) for one in found))
+    if not sys.stdout.isatty():
+        return
     names = dict.fromkeys(name for one in found for name in named(one))
     for name, entry in ENTRIES.items():
         if name in names:
-            console.print(f"{name:6} {entry.title}", markup=False)
+            line(f"{name:6} {entry.title}")
     states = sum(one.states for one in found)
     whole = "all there are" if all(one.complete for one in found) else f"those within {found[0].depth} moves"
-    console.print(f"\n{len(found)} searches, {states} states: {whole}", markup=False)
+    line(f"\n{len(found)} searches, {states} states: {whole}")
 
 
-def _show_grid(console: Console, rows: list[list[str]]) -> None:
+def _draw(parts: Mapping[str, list[list[list[str]]]]) -> bool:
+    """Draw tables on the terminal. False, and nothing is drawn, if one could not be without breaking a name."""
+    from rich.console import Console  # only here: it takes long to import
+    from rich.measure import Measurement
     from rich.table import Table
 
-    shown = Table(box=None, header_style="bold", pad_edge=False)
-    for title in rows[0]:
-        shown.add_column(title, overflow="fold")
-    for row in rows[1:]:
-        shown.add_row(*row)
-    console.print(shown)
-    console.print()
+    console = Console(highlight=False)
+    unlimited = console.options.update(width=sys.maxsize)
+    grids: list[tuple[str, list[Table]]] = []
+    for title, all_rows in parts.items():
+        tables = []
+        for rows in all_rows:
+            shown = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+            for row in rows[1:]:
+                shown.add_row(*row)
+            if Measurement.get(console, unlimited, shown).minimum > console.width:
+                return False
+            tables.append(shown)
+        grids.append((title, tables))
+    for title, tables in grids:
+        console.print(f"{title}\n", style="bold", markup=False)
+        for shown in tables:
+            console.print(shown)
+            console.print()
+    return True
 
 
 def _show_campaign(campaign: Campaign) -> None:

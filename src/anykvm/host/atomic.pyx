@@ -78,6 +78,7 @@ class NoThread(OSError):
 # -- the garbage collector: it would run finalizers of the program in the middle of a call --------------------------------
 
 cdef int busy = 0
+cdef bint held_back = False  # until the thresholds are the program's again
 cdef object thresholds = None
 cdef object get_threshold = gc.get_threshold
 cdef object set_threshold = gc.set_threshold
@@ -85,9 +86,12 @@ cdef object set_threshold = gc.set_threshold
 
 cdef int hold_garbage() except -1:
     # By the threshold, not by gc.disable(): that switch is the program's, and another thread may turn it meanwhile.
-    global busy, thresholds
+    global busy, held_back, thresholds
     if busy == 0:
-        thresholds = get_threshold()
+        now = get_threshold()
+        if not held_back or now[0]:
+            thresholds = now
+        held_back = True
         set_threshold(0)
         if GC_IS_SCHEDULED:
             PyErr_CheckSignals()  # a collection that was scheduled before is done here; signals are the main thread's
@@ -96,10 +100,12 @@ cdef int hold_garbage() except -1:
 
 
 cdef int release_garbage() except -1:
-    global busy
+    global busy, held_back
     busy -= 1
-    if busy == 0 and get_threshold()[0] == 0:  # else the program has set its own meanwhile
-        set_threshold(*thresholds)
+    if busy == 0:
+        if get_threshold()[0] == 0:  # else the program has set its own meanwhile
+            set_threshold(*thresholds)
+        held_back = False
     return 0
 
 
