@@ -23,7 +23,7 @@ import pytest
 
 import anykvm
 from anykvm import abi
-from anykvm.backends.soft import SoftBackend, guest_memfd, memslots, system, vcpu, vcpu_state, vm
+from anykvm.backends.soft import SoftBackend, guest_memfd, memslots, system, vcpu_state, vm
 from anykvm.backends.soft.files import FILES
 from anykvm.host import atomic
 from anykvm.layers.annotate import Annotate
@@ -368,10 +368,10 @@ INNER: list[tuple[object, str]] = [
     (memslots, "_for_engine"),
     (memslots.AddressSpace, "index"),
     (memslots.Memslots, "_commit"),
-    (vcpu, "map_shared"),
+    (FILES, "map"),
     (FILES, "create"),
     (FILES, "install"),
-    (FILES, "_sweep"),
+    (FILES, "reap"),
     (vm.Vm, "__init__"),
 ]
 """What an ioctl goes through on its way."""

@@ -50,7 +50,7 @@ vm = backend.ioctl(kvm, abi.KVM_CREATE_VM)
 slots(vm)
 inside, over = threading.Event(), threading.Event()
 def hold():
-    with FILES._lock, FILES.get(vm).vm.lock:
+    with FILES.get(vm).vm.lock:
         inside.set()
         over.wait()
 thresholds = gc.get_threshold()
