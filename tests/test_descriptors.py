@@ -335,6 +335,56 @@ def test_a_child_closes(backend: SoftBackend, kvm: int) -> None:
     backend.close(fd)
 
 
+@pytest.mark.parametrize("descriptors", ["some", "none"])
+@pytest.mark.parametrize("by", ["a VM", "a file", "another vCPU", "nothing"])
+def test_a_number_that_changes_while_it_is_mapped(
+    backend: SoftBackend, kvm: int, by: str, descriptors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By dup2() or close() of another thread, between the look-up and mmap(2): never pages of another file."""
+    import resource
+
+    vm = backend.ioctl(kvm, abi.KVM_CREATE_VM)
+    number = backend.ioctl(vm, abi.KVM_CREATE_VCPU, 0)
+    another = backend.ioctl(vm, abi.KVM_CREATE_VCPU, 1)
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd, mark in ((number, 1), (another, 2)):
+        address = backend.mmap(fd, PAGE, 0)
+        ctypes.c_uint8.from_address(address + PAGE - 1).value = mark
+        backend.munmap(address, PAGE)
+    targets = {"a VM": vm, "a file": null, "another vCPU": another}
+    get = FILES.get
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def get_and_change(fd: int) -> object:
+        file = get(fd)
+        if by == "nothing":
+            os.close(number)
+        else:
+            os.dup2(targets[by], number)
+        return file
+
+    monkeypatch.setattr(FILES, "get", get_and_change)
+    fillers = []
+    if descriptors == "none":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(n) for n in os.listdir("/proc/self/fd")) + 4, hard))
+        with suppress(OSError):
+            while True:
+                fillers.append(os.dup(null))
+    try:
+        address = backend.mmap(number, PAGE, 0)
+        assert descriptors == "some" and ctypes.c_uint8.from_address(address + PAGE - 1).value == 1
+        backend.munmap(address, PAGE)
+    except OSError as error:
+        assert descriptors == "none" and error.errno in (errno.EBADF, errno.ENODEV, errno.EACCES)
+    finally:
+        monkeypatch.undo()
+        for fd in fillers:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in {vm, another, null} | ({number} if by != "nothing" else set()):
+            os.close(fd)
+
+
 def test_no_descriptor_to_ask_with(backend: SoftBackend, kvm: int) -> None:
     """Closing with every number taken."""
     import resource

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -126,16 +128,39 @@ def _ioctl(file: File, request: int, arg: int) -> int:
 
 
 def _mmap(fd: int, length: int, offset: int) -> int:
+    """Map by a duplicate: another thread may give the number to another file meanwhile, with dup2(2).
+
+    Where there is no number for a duplicate, what was mapped is looked up once more.
+    """
     what = f"mmap(fd={fd}, length={length:#x}, offset={offset:#x})"
+    try:
+        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    except (OSError, ValueError, OverflowError):  # also of what is no descriptor, as _map() says
+        file = _mappable(fd, what, length, offset)
+        address = file.map(fd, length, offset)
+        if FILES.find(fd) is not file:
+            munmap(address, length)
+            raise OSError(errno.EBADF, f"{what}: the descriptor was closed meanwhile") from None
+        return address
+    try:
+        return _mappable(own, what, length, offset).map(own, length, offset)
+    finally:
+        with suppress(Refused):
+            FILES.close(own)
+
+
+def _mappable(fd: int, what: str, length: int, offset: int) -> File:
+    """Find the file of which this can be mapped. Raises OSError: as ``Backend.mmap``."""
     try:
         file = FILES.get(fd)
         size = file.mmap_size
     except Refused as refused:
-        code = errno.ENODEV if refused.errno == errno.ENOTTY else refused.errno
-        raise OSError(code, f"{what}: {refused.detail}") from None
+        if refused.errno == errno.ENOTTY:
+            raise OSError(errno.ENODEV, f"{what}: not a KVM file of the soft backend") from None
+        raise OSError(refused.errno, f"{what}: {os.strerror(refused.errno)}") from None
     if not size:
         raise OSError(errno.ENODEV, f"{what}: only a vCPU, and a guest_memfd made for it, can be mapped")
     pages = -(-length // PAGE_SIZE) * PAGE_SIZE
     if length <= 0 or offset < 0 or offset % PAGE_SIZE or offset + pages > size:
         raise OSError(errno.EINVAL, f"{what}: it has {size:#x} bytes")
-    return file.map(fd, length, offset)
+    return file

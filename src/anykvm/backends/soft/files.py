@@ -103,9 +103,17 @@ class FileTable:
             raise
         return fd
 
+    def find(self, fd: int) -> File | None:
+        """Find what a descriptor stands for; None if it is not open, or no KVM file."""
+        return self._files.get(self._serial(fd))
+
+    def _serial(self, fd: int) -> int:
+        serial: int = library().ak_file_find(fd) if 0 <= fd <= _INT_MAX else -errno.EBADF
+        return serial
+
     def get(self, fd: int) -> File:
         """Find what a descriptor stands for. Refused: EBADF (not open), ENOTTY (open, but no KVM file)."""
-        serial: int = library().ak_file_find(fd) if 0 <= fd <= _INT_MAX else -errno.EBADF
+        serial = self._serial(fd)
         file = self._files.get(serial)
         if file is not None:
             return file
