@@ -18,6 +18,7 @@ from anykvm.abi.names import decode_request
 from anykvm.abi.reading import reader, span
 from anykvm.abi.structures import kvm_regs, kvm_run
 from anykvm.backends.base import Backend
+from anykvm.host.atomic import client_thread
 from anykvm.host.libc import copy_out
 from anykvm.layers.base import Layer
 from anykvm.layers.contract.events import Called, End, History, Ran, Returned
@@ -185,7 +186,7 @@ class Contract(Layer):
         """Hold a KVM_RUN that ended against the rules, and remember it."""
         reason, *fault = _END(vcpu.view)
         errno = 0 if error is None else error.errno or 0
-        end = End(errno, reason, (fault[0], fault[1], fault[2]), threading.get_ident(), stale)
+        end = End(errno, reason, (fault[0], fault[1], fault[2]), client_thread(), stale)
         before = self._history(vcpu)
         after = History(end, 1, before.succeeded) if errno else History(succeeded=True)
         if errno and errno not in _BACK:
@@ -229,7 +230,7 @@ class Contract(Layer):
         before = _structure(request, arg)
         for history in self._concerned(fd, vcpu):
             pending = -1 if vcpu is None else _pending(vcpu, history)
-            call = Called(request, before, history, pending, threading.get_ident())
+            call = Called(request, before, history, pending, client_thread())
             self._report([(rule, rule.called(call)) for rule in self.rules], -1 if vcpu is None else vcpu.vcpu_id, None)
         try:
             result = self._inner_ioctl(fd, request, arg)
