@@ -63,7 +63,6 @@ static void *ticker(void *unused)
 {
     u32 quiet = 0;
     (void)unused;
-    pthread_setname_np(pthread_self(), "anykvm-ticker"); /* not its maker's */
     /* A table of descriptors of its own, an empty one: the program may have used up its own, and poke.c needs one. */
     syscall(SYS_close_range, 0, ~0u, CLOSE_RANGE_UNSHARE);
     pthread_mutex_lock(&ticker_lock);
@@ -100,6 +99,8 @@ int ak_ticker_start(void)
         r = -pthread_create(&thread, &attributes, ticker, NULL);
         pthread_attr_destroy(&attributes);
         ticker_started = !r;
+        if (!r)
+            pthread_setname_np(thread, "anykvm-ticker"); /* its maker's name otherwise; it never ends */
         ak_signals_restore(old);
     }
     pthread_mutex_unlock(&ticker_lock);
