@@ -43,12 +43,6 @@ def held() -> Iterator[set[signal.Signals]]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def fork() -> int:
-    """Be ``os.fork()`` without the loss of a signal: what comes meanwhile takes effect before this returns."""
-    with held():
-        return os.fork()
-
-
 def command(line: list[str]) -> list[str]:
     """Give the command line that runs ``line`` bound to this process; if it cannot be run, its exit code is 127."""
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *line]

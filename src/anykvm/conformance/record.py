@@ -20,12 +20,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, NoReturn
 
 from anykvm.backends import backend as make_backend
 from anykvm.backends import probe_device
 from anykvm.backends.base import Backend
-from anykvm.conformance.bound import bind, fork
+from anykvm.conformance.bound import bind, held
 from anykvm.conformance.golden_file import ABOUT, END, Record
 from anykvm.conformance.scenario import Lab, Scenario, failure, load
 from anykvm.host.outfile import OutFile
@@ -82,10 +82,10 @@ def _start(scenario: Scenario, backend: Callable[[], Backend]) -> _Child:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    child = fork()
-    if child == 0:
-        os.close(reader)
-        _run_child(scenario, backend, writer, parent)
+    with held() as mask:
+        child = os.fork()
+        if child == 0:
+            _run_child(scenario, backend, (reader, writer), parent, mask)
     os.close(writer)
     return _Child(scenario, child, reader, time.monotonic() + scenario.timeout)
 
@@ -103,14 +103,20 @@ def _finish(child: _Child) -> list[Record]:
     return records
 
 
-def _run_child(scenario: Scenario, backend: Callable[[], Backend], writer: int, parent: int) -> None:
+def _run_child(
+    scenario: Scenario, backend: Callable[[], Backend], pipe: tuple[int, int], parent: int, mask: set[signal.Signals]
+) -> NoReturn:
+    reader, writer = pipe
+
     def keep(record: Record) -> None:
         os.write(writer, json.dumps(record).encode() + b"\n")
 
     # os._exit whatever happens: this process must not return into its parent's code.
     status = 1
     try:
+        os.close(reader)
         bind(parent)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # in here: what came meanwhile may raise
         lab = Lab(scenario.name, backend(), keep)
         lab.signals.install()
         scenario.run(lab)

@@ -102,7 +102,7 @@ def sweep(
     plain = Inject(backend())
     plain.trace = True
     result = scenario(plain)
-    left = _left()
+    left = _left(plain.inner)
     outcomes: list[Outcome] = []
     for rule in _rules(sorted(set(plain.calls)) if at is None else at):
         for nth in range(1, _LIMIT):
@@ -110,7 +110,7 @@ def sweep(
             outcomes.append(outcome)
             if outcome.verdict == "not fired":
                 break
-            left = _left()
+            left = _left(plain.inner)
     return Sweep(tuple(outcomes))
 
 
@@ -146,10 +146,10 @@ def _run(
 ) -> Outcome:
     rule = inject.rules[0]
     verdict, detail = _perform(scenario, inject, plain, expected, timeout)
-    grown = _grown(before, _left())
+    grown = _grown(before, _left(inject.inner))
     if grown:
         gc.collect()  # not each time: it takes longer than the run
-        grown = _grown(before, _left())
+        grown = _grown(before, _left(inject.inner))
     if grown and verdict in _GOOD:
         verdict, detail = "leak", ", ".join(grown) + (f", after {detail}" if detail else "")
     if not inject.fired and verdict == "recovered":
@@ -217,8 +217,12 @@ def _grown(before: dict[str, int], left: dict[str, int]) -> list[str]:
     return [f"{count - before[what]} more {what}" for what, count in left.items() if count > before[what]]
 
 
-def _left() -> dict[str, int]:
-    """Count what a scenario could leave behind."""
+def _left(backend: Backend) -> dict[str, int]:
+    """Count what a scenario could leave behind.
+
+    A mapping that a traceback kept goes after its descriptor. The backend finds that out at the next open and close.
+    """
+    backend.close(backend.open())
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         vcpus = sum("kvm-vcpu" in line for line in maps)
     return {
