@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(shell find src -name '*.c' -o -name '*.h' -o -name '*.pxd') src/anykvm/backends/soft/run.py setup.py pyproject.toml
+SOURCES := $(shell find src -name '*.c' -o -name '*.h' -o -name '*.pxd' -o -name '*.pyx') src/anykvm/backends/soft/run.py setup.py pyproject.toml
 
-.PHONY: help setup demo test annotate stress bench oracle random lint types clean
+.PHONY: help setup demo test annotate stress fuzz sanitize bench oracle random lint types clean
 help:
 	@echo "make demo   set up, then compute the CRC of a 64 MiB file in a guest whose memory arrives page by page"
 	@echo "make test   set up, then lint, types and all tests"
@@ -14,6 +14,8 @@ help:
 	@echo "make random set up, then 4,000 random sequences on a real kernel (in QEMU, half an hour) and on soft"
 	@echo "make annotate  set up, then 10,000 generated faults: does the annotate layer find the cause of each?"
 	@echo "make stress set up, then 5 minutes of vCPUs whose memory changes in all ways under them (SECONDS=, SEED=)"
+	@echo "make fuzz   set up, then 10 minutes of instructions with operands at their boundaries, in all modes (SECONDS=, SEED=)"
+	@echo "make sanitize  set up, then the engine's tests with its C under the address and undefined-behaviour sanitizers"
 	@echo "make bench  set up, then the speed table beside its peers (bench-results.json)"
 
 setup: $(STAMP)
@@ -36,11 +38,18 @@ annotate: setup
 stress: setup
 	@PYTHONPATH=tests $(BIN)/python -m stress --seconds $(or $(SECONDS),300) --seed $(or $(SEED),1)
 
+fuzz: setup
+	@PYTHONPATH=tests $(BIN)/python -m instruction_fuzz --seconds $(or $(SECONDS),600) --seed $(or $(SEED),1)
+
 lint: setup
 	@$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
 
 types: setup
 	@$(BIN)/mypy
+
+# Not part of `make test`: a second build, and tests that run several times as long.
+sanitize: setup
+	@BIN="$(BIN)" tools/sanitize.sh
 
 # Not part of `make test`: it takes minutes, and needs QEMU and Debian's kernels (anykvm oracle gets them).
 oracle: setup

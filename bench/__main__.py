@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anykvm import probe_device
+from anykvm.layers.contract import Contract
 from bench import measure, memory
 
 
@@ -37,6 +38,12 @@ def pio() -> Result:
     return Result(
         "PIO exit round trip, vcpu.run() in Python", value, "us", "<= 1.5 and 6x faster than the binding", ok, peers
     )
+
+
+def contract() -> Result:
+    plain, value = measure.layer_cost(Contract)
+    cost = (value / plain - 1) * 100
+    return Result("contract layer on a PIO exit", cost, "%", "< 10", cost < 10, {"us without": plain, "us with": value})
 
 
 def fault() -> Result:
@@ -81,7 +88,7 @@ def slots() -> Result:
     return Result("memslot create and delete, beside 10000", value, "us", "<= 1.5x beside 1", ok, peers)
 
 
-BENCHMARKS: list[Callable[[], Result]] = [pio, fault, paging, code, start, dirty_log, slots]
+BENCHMARKS: list[Callable[[], Result]] = [pio, contract, fault, paging, code, start, dirty_log, slots]
 
 
 def main() -> None:

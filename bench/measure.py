@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import anykvm
 from anykvm import GuestMemory, Io, Kvm, MemoryFault, Vcpu, Vm
+from anykvm.backends import Backend
 from anykvm.vmm.modes import long_mode
 from bench.guests import MIX, MIX_INSTRUCTIONS, OUT_LOOP, TOUCH
 
@@ -61,6 +63,24 @@ def pio_exit(backend: str, count: int) -> float:
         result = rounds(once)
         vm.close()
         return result
+
+
+def layer_cost(wrap: Callable[[Backend], Backend], count: int = 20_000, tries: int = 40) -> tuple[float, float]:
+    """Microseconds of CPU time a PIO exit, without a layer and with it: best of many, in turn."""
+    soft = anykvm.backend("soft")
+    best = [float("inf")] * 2
+    with ExitStack() as stack:
+        runs = []
+        for backend in (soft, wrap(soft)):
+            kvm, ram = stack.enter_context(anykvm.open(backend)), stack.enter_context(GuestMemory(LOW))
+            runs.append(guest(kvm, ram, OUT_LOOP)[1].run)
+        for _ in range(tries):
+            for which, run in enumerate(runs):
+                start = time.process_time()
+                for _ in range(count):
+                    run()
+                best[which] = min(best[which], (time.process_time() - start) / count * 1e6)
+    return best[0], best[1]
 
 
 def _stock() -> tuple[Any, Any]:

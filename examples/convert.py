@@ -11,6 +11,7 @@ needs a kernel with CONFIG_KVM_SW_PROTECTED_VM.
 from __future__ import annotations
 
 import struct
+from contextlib import ExitStack
 
 from anykvm import GuestMemory, Hlt, Hypercall, Io, Kvm, abi
 from start import Missing, start
@@ -66,10 +67,13 @@ def main(kvm: Kvm) -> None:
     """Run the guest; print the letters it saw, a dot for zero."""
     require(kvm)
     seen = b""
-    with GuestMemory(DATA) as ram, GuestMemory(PAGES * PAGE) as shared:
-        vm = kvm.create_vm(abi.KVM_X86_SW_PROTECTED_VM)
+    with ExitStack() as stack:
+        ram = stack.enter_context(GuestMemory(DATA))
+        shared = stack.enter_context(GuestMemory(PAGES * PAGE))
+        vm = stack.enter_context(kvm.create_vm(abi.KVM_X86_SW_PROTECTED_VM))
         vm.enable_cap(abi.KVM_CAP_EXIT_HYPERCALL, 1 << KVM_HC_MAP_GPA_RANGE)
         gmem = vm.create_guest_memfd(shared.size)
+        stack.callback(kvm.backend.close, gmem)
         vm.map(ram, 0)
         vm.set_user_memory_region2(1, DATA, shared.size, shared.address, abi.KVM_MEM_GUEST_MEMFD, gmem)
         ram[CODE : CODE + len(GUEST)] = GUEST
@@ -92,8 +96,6 @@ def main(kvm: Kvm) -> None:
                 case _:
                     raise SystemExit(f"unexpected: {exit}")
         assert shared[MOVED - DATA] == ord("s") and shared[SECRET - DATA] == 0  # all that the VMM's own memory got
-        vm.close()
-        vm.backend.close(gmem)
     print(seen.replace(b"\0", b".").decode())
 
 

@@ -56,7 +56,8 @@ def main(kvm: anykvm.Kvm) -> None:
             else:
                 if exit == anykvm.Hlt():
                     break
-                assert isinstance(exit, anykvm.MemoryFault), exit
+                assert isinstance(exit, anykvm.MemoryFault) and exit.errno == errno.EFAULT, exit
+                assert EPC <= exit.gpa < EPC + PAGES * PAGE, f"{exit} is not in the EPC"
                 where = f"guest page {exit.gpa:#x}"
             print(f"EPC full: {epc.pages} pages, none free; fault: {where}; adding 5")
             epc.grow(5)

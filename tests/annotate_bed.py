@@ -13,6 +13,7 @@ import os
 import random
 import sys
 from types import TracebackType
+from typing import Self
 
 import anykvm
 from annotate_cases import templates
@@ -80,7 +81,7 @@ class Bed:
         self.state = self.vcpu.get_sregs()
         self.refused: list[int] = []
 
-    def __enter__(self) -> Bed:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
@@ -264,7 +265,8 @@ class Bed:
 
     def truth(self) -> native.Exit:
         """What the engine met."""
-        return native.Vcpu.from_address(int(FILES.get(self.vcpu.fileno()))).exit  # type: ignore[call-overload]
+        met: native.Exit = native.Vcpu.from_address(int(FILES.get(self.vcpu.fileno()))).exit  # type: ignore[call-overload]
+        return met
 
     def _compare(self, source: str, cause: Cause | None, result: Result) -> None:
         truth = self.truth()

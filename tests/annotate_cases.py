@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from machine import assemble
+from anykvm.testing.assembler import assemble
 
 LONG = """
 mov (%rsi), %al | mov (%rsi), %ax | mov (%rsi), %eax | mov (%rsi), %rax | mov %al, (%rdi) | mov %rax, (%rdi)

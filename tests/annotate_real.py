@@ -129,12 +129,12 @@ class RealBed(Bed):
         self.random = random.Random(seed)
         source = self.prepare()
         wanted: dict[int, str] = {}
-        self.refuse = wanted.__setitem__  # type: ignore[method-assign]
+        self.refuse = wanted.__setitem__  # type: ignore[method-assign, assignment]
         self.refused = []
         try:
             self.choose()
         finally:
-            del self.refuse  # type: ignore[method-assign]
+            del self.refuse
         return source, wanted
 
 
@@ -271,7 +271,11 @@ def main(count: int, modes: list[str]) -> int:
     signal.signal(signal.SIGALRM, lambda number, frame: None)
     wrong = 0
     backend = anykvm.backend("device")
-    for kind, name, wanted in ((RealBed, "", modes), (VectorBed, ", vectors", [m for m in modes if m in VECTOR_MODES])):
+    beds: tuple[tuple[type[RealBed] | type[VectorBed], str, list[str]], ...] = (
+        (RealBed, "", modes),
+        (VectorBed, ", vectors", [m for m in modes if m in VECTOR_MODES]),
+    )
+    for kind, name, wanted in beds:
         for mode in wanted:
             with kind(1, MODES[mode], backend) as bed:
                 wrong += judge(mode + name, bed, -(-count // len(wanted)))

@@ -10,7 +10,7 @@ from typing import Final
 
 from annotate_modes import PAGE
 from anykvm.abi.structures import kvm_regs, kvm_xcrs
-from machine import assemble
+from anykvm.testing.assembler import assemble
 
 VECTOR_MODES: Final = ("long", "compatibility", "pae")  # in 16-bit code QEMU's CPU has no VEX: #UD
 CR4_OSXSAVE: Final = 1 << 18

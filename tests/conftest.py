@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from anykvm.abi import KVM_CAP_GUEST_MEMFD_FLAGS
 from anykvm.backends import Backend, Probe, probe_device, probe_soft, soft_backend
 from anykvm.backends.device import DeviceBackend
 from anykvm.backends.soft.profiles import PROFILES
-from machine import Machine
+from anykvm.layers.contract import Contract
+from anykvm.testing.machine import Machine
 
 _PROBES: dict[str, Probe] = {}
 
@@ -32,13 +34,27 @@ def probe(name: str) -> Probe:
     return _PROBES[name]
 
 
+def under_contract(backend: Backend) -> Iterator[Backend]:
+    """Give the backend; with ANYKVM_CONTRACT=1 under the contract layer, and fail if the kernel's side broke a rule.
+
+    Tests err on purpose as VMMs do, so a VMM's mistake is no failure.
+    """
+    if os.environ.get("ANYKVM_CONTRACT") != "1":
+        yield backend
+        return
+    contract = Contract(backend)
+    yield contract
+    broken = [str(violation) for violation in contract.violations if violation.rule.whose == "kernel"]
+    assert not broken, "\n".join(broken)
+
+
 @pytest.fixture(params=["soft", "device"])
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Every backend in turn; one that cannot be used here skips the test, and says why."""
     found = probe(request.param)
     if not found.usable:
         pytest.skip(f"{found.name} backend: {found.reason}")
-    return DeviceBackend() if request.param == "device" else soft_backend()
+    yield from under_contract(DeviceBackend() if request.param == "device" else soft_backend())
 
 
 @pytest.fixture(params=list(PROFILES))
@@ -64,8 +80,9 @@ def profile() -> str | None:
 @pytest.fixture
 def machine(profile: str | None) -> Iterator[Machine]:
     """A long-mode machine on the soft backend."""
-    with anykvm.open("soft", profile) as kvm, Machine(kvm) as made:
-        yield made
+    for backend in under_contract(soft_backend(profile)):
+        with anykvm.open(backend) as kvm, Machine(kvm) as made:
+            yield made
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import ctypes
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import pytest
 
@@ -13,6 +14,7 @@ from anykvm import abi
 from anykvm.backends.soft import SoftBackend
 
 PAGE = 4096
+_S = TypeVar("_S", bound=ctypes.Structure)
 
 
 class Guest:
@@ -28,12 +30,12 @@ class Guest:
         for fd in (self.vcpu, self.vm, self.kvm):
             self.backend.close(fd)
 
-    def get(self, request: int, kind: type[ctypes.Structure]) -> ctypes.Structure:
+    def get(self, request: int, kind: type[_S]) -> _S:
         data = kind()
         self.backend.ioctl(self.vcpu, request, ctypes.addressof(data))
         return data
 
-    def set(self, request: int, data: ctypes.Structure | ctypes.Array) -> int:
+    def set(self, request: int, data: ctypes.Structure | ctypes.Array[Any]) -> int:
         return self.backend.ioctl(self.vcpu, request, ctypes.addressof(data))
 
     def slot(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0, v2: bool = False) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +119,49 @@ def test_names() -> None:
 @pytest.mark.parametrize("reason", [0, 2, 6, 10, 39])
 def test_memory_fault_validity(errno: int, reason: int) -> None:
     assert abi.memory_fault_valid(errno, reason) == (errno in (14, 133) and reason == 39)
+
+
+def every_layout() -> list[type[ctypes.Structure | ctypes.Union]]:
+    """Give all generated classes, those of unnamed members included."""
+    found = [kind for kind in vars(structures).values() if isinstance(kind, type) and hasattr(kind, "_fields_")]
+    assert len(found) > len(structures.STRUCTURES)
+    return found
+
+
+def test_a_name_that_is_no_member_is_refused_in_every_structure() -> None:
+    for kind in every_layout():
+        made: Any = kind()
+        for name in ("rsi_", "no_such_member", *(f"{field[0]}_" for field in kind._fields_)):
+            with pytest.raises(AttributeError, match=name):
+                setattr(made, name, 1)
+            with pytest.raises(AttributeError, match=name):
+                kind(**{name: 1})
+            assert not hasattr(made, name)
+
+
+def test_every_structure_can_be_copied_and_pickled() -> None:
+    for kind in every_layout():
+        made = kind.from_buffer_copy(bytes(index % 251 for index in range(ctypes.sizeof(kind))))
+        for twin in (copy.copy(made), copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert type(twin) is kind and twin is not made and bytes(twin) == bytes(made)
+
+
+def test_a_type_checker_sees_a_misspelt_member(tmp_path: Path) -> None:
+    pytest.importorskip("mypy", reason="mypy is not installed")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from anykvm.abi.structures import kvm_regs, kvm_userspace_memory_region2\n"
+        "regs, region = kvm_regs(), kvm_userspace_memory_region2()\n"
+        "regs.rsi = region.slot = 1\n"
+        "regs.rsi_ = 1\n"
+        "region.slots = 1\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), "--config-file", "", str(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT / "src")},
+    )
+    assert [line.split(":")[1] for line in done.stdout.splitlines()[:-1]] == ["4", "5"], done.stdout + done.stderr

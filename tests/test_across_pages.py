@@ -10,7 +10,7 @@ import pytest
 import anykvm
 from anykvm import GuestMemory, Io, MemoryFault
 from anykvm.host.libc import PROT_READ
-from machine import CODE, Machine
+from anykvm.testing.machine import CODE, Machine
 
 PAGE = 4096
 HIGH = 0x1000000

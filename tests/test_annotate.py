@@ -19,8 +19,8 @@ from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.finder import Finder
 from anykvm.layers.annotate.hostmap import HostMap
 from anykvm.layers.annotate.memory import GuestPhysical, Slot
+from anykvm.testing.machine import CODE, DATA, IDT, PML4, STACK, Machine
 from fakes import FakeBackend
-from machine import CODE, DATA, IDT, PML4, STACK, Machine
 
 PAGE = 4096
 

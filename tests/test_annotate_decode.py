@@ -20,7 +20,7 @@ from anykvm.layers.annotate import Access, decode, implicit, tables
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.memory import GuestPhysical
 from anykvm.layers.annotate.operand import Operand, Unknown
-from machine import assemble
+from anykvm.testing.assembler import assemble
 
 _ROOM = 32
 _BEHIND = b"\x01" + bytes(12)
@@ -39,7 +39,19 @@ UNDECODED = tables.names(
 def disassembled(codes: list[bytes], bits: int, at: Path) -> Iterator[tuple[bytes, str, int]]:
     """Each with binutils' text and length, but for what is none."""
     at.write_bytes(b"".join((code + _BEHIND).ljust(_ROOM, b"\x90") for code in codes))
-    command = ["objdump", "-D", "-z", "-b", "binary", "-m", _ARCHITECTURE[bits], "-M", "intel", "--insn-width=16", at]
+    command: list[str | Path] = [
+        "objdump",
+        "-D",
+        "-z",
+        "-b",
+        "binary",
+        "-m",
+        _ARCHITECTURE[bits],
+        "-M",
+        "intel",
+        "--insn-width=16",
+        at,
+    ]
     for line in subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines():
         found = _LINE.match(line)
         if found is None or int(found[1], 16) % _ROOM or found[3].endswith(_PREFIXES):

@@ -353,6 +353,42 @@ def test_a_signal_ends_run(vm: Vm) -> None:
         signal.signal(signal.SIGUSR1, old)
 
 
+@pytest.mark.parametrize("owner", ["vcpu", "vm", "kvm"])
+def test_a_handler_that_closes_what_runs(vm: Vm, owner: str) -> None:
+    vcpu = guest(vm, "ebfe")  # jmp .
+    owners: dict[str, anykvm.Kvm | Vm | Vcpu] = {"vcpu": vcpu, "vm": vm, "kvm": vm.kvm}
+    old = signal.signal(signal.SIGALRM, lambda *_: owners[owner].close())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        assert isinstance(vcpu.run(), Intr)  # it was interrupted, before it was closed
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    with pytest.raises(OSError, match="KVM_RUN: this Vcpu is closed") as caught:
+        vcpu.run()
+    assert caught.value.errno == errno.EBADF
+
+
+@pytest.mark.parametrize("code, kind", [("b021 e6e9 f4", Io), ("e4e9 f4", Io), ("f4", Hlt)])
+def test_closed_before_the_exit_is_read(vm: Vm, code: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit is what KVM_RUN said; it cannot be answered any more."""
+    vcpu = guest(vm, code)
+    run = vcpu._run_ioctl
+
+    def run_and_close(fd: int, request: int, arg: int) -> int:
+        result = run(fd, request, arg)
+        vcpu.close()
+        return result
+
+    monkeypatch.setattr(vcpu, "_run_ioctl", run_and_close)
+    result = vcpu.run()
+    assert isinstance(result, kind)
+    if isinstance(result, Io) and result.direction == Io.OUT:
+        assert (result.port, result.data) == (0xE9, b"!")
+    elif isinstance(result, Io):
+        with pytest.raises(StaleExit):
+            result.data = b"\0"
+
+
 def test_signal_mask(vm: Vm) -> None:
     vcpu = guest(vm, "f4")
     old = signal.signal(signal.SIGUSR1, lambda *_: None)

@@ -25,7 +25,7 @@ from anykvm import (
     X86Wrmsr,
     abi,
 )
-from anykvm.api.decode import DECODERS, decode_failure
+from anykvm.api.exits.decode import DECODERS, decode_failure
 from fakes import FakeBackend
 
 EFAULT, EHWPOISON = errno.EFAULT, abi.EHWPOISON

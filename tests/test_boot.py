@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import anykvm
 from anykvm import GuestMemory, Hlt, Io, Vcpu
-from machine import assemble
+from anykvm.testing.assembler import assemble
 
 ROM = 0xFFFF0000
 RAM = 0xF0000

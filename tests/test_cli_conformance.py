@@ -207,7 +207,7 @@ def test_known_differences_have_a_reason_and_are_no_failure(tmp_path: Path) -> N
 
     def compared() -> subprocess.CompletedProcess[str]:
         path.write_text("".join(json.dumps(line) + "\n" for line in (about, *written, {"n": END})))
-        return anykvm("conformance", "compare", "linux-7.3", path, "--scenario", "fpu", "-v", "--html", page)
+        return anykvm("conformance", "compare", "linux-7.3", path, "--scenario", "fpu", "-v", "--all", "--html", page)
 
     path, page = tmp_path / "soft.jsonl", tmp_path / "page.html"
     done = compared()

@@ -42,7 +42,7 @@ def image(code: bytes | str, name: str = "image") -> str:
     return name
 
 
-def test_output_to_stdout_and_exits_to_stderr():
+def test_output_to_stdout_and_exits_to_stderr() -> None:
     done = soft(image(HELLO))
     assert done.returncode == 0
     assert done.stdout == "Hi"
@@ -53,17 +53,17 @@ def test_output_to_stdout_and_exits_to_stderr():
     ]
 
 
-def test_quiet():
+def test_quiet() -> None:
     done = soft(image(HELLO), "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "Hi", BACKEND)
 
 
-def test_bytes_that_are_not_text_come_out_as_they_are():
+def test_bytes_that_are_not_text_come_out_as_they_are() -> None:
     argv = command("exec", image("b0ff e6e9 b00a e6e9 f4"), "-q", "--backend", "soft")
     assert subprocess.check_output(argv, env=environment()) == b"\xff\n"
 
 
-def test_input_from_nothing_is_all_ones():
+def test_input_from_nothing_is_all_ones() -> None:
     # in al,0x60; out 0x80,al; in ax,0x60; out 0x80,ax; hlt
     done = soft(image("e460 e680 e560 e780 f4"))
     assert "io in port=0x60 size=1 data=ff" in done.stderr
@@ -71,7 +71,7 @@ def test_input_from_nothing_is_all_ones():
     assert "io out port=0x80 size=2 data=ffff" in done.stderr
 
 
-def test_mmio_is_listed_and_reads_all_ones():
+def test_mmio_is_listed_and_reads_all_ones() -> None:
     # mov eax,[0x20000000]; out 0x80,eax; mov byte [0x20000000],7; hlt   (32-bit)
     done = soft(image("a100000020 e780 c6050000002007 f4"), "--mode", "protected")
     assert done.stderr.splitlines()[1:] == [
@@ -82,25 +82,25 @@ def test_mmio_is_listed_and_reads_all_ones():
     ]
 
 
-def test_elf64_in_long_mode():
+def test_elf64_in_long_mode() -> None:
     # mov rax,0x1122334455667788; shr rax,32; out 0x80,eax; hlt
     done = soft(image(elf64(bytes.fromhex("48b88877665544332211 48c1e820 e780 f4"))))
     assert done.returncode == 0 and "io out port=0x80 size=4 data=44332211" in done.stderr
 
 
-def test_elf32_in_protected_mode():
+def test_elf32_in_protected_mode() -> None:
     # dec eax (a REX prefix in 64-bit code); mov eax,0x11223344; out 0x80,eax; hlt
     done = soft(image(elf32(bytes.fromhex("48 b844332211 e780 f4"))))
     assert done.returncode == 0 and "io out port=0x80 size=4 data=44332211" in done.stderr
 
 
-def test_load_and_entry():
+def test_load_and_entry() -> None:
     # nothing before the entry may run: ud2; then mov al,cs:[0x1003] (moffs), out 0x80,al; hlt
     done = soft(image("0f0b 90 5a 2ea00310 e680 f4"), "--load", "4K", "--entry", "0x1004")
     assert done.returncode == 0 and "data=5a" in done.stderr
 
 
-def test_memory_fault_has_its_code_and_says_where():
+def test_memory_fault_has_its_code_and_says_where() -> None:
     done = soft(image("a00050 f4"), "--hole", "0x5000:4K")  # mov al,[0x5000]; hlt
     assert_one_line(done, 5, "memory fault gpa=0x5000 size=0x1000 flags=0 errno=EFAULT")
     assert done.stderr.count("memory fault gpa=0x5000 size=0x1000 flags=0 errno=EFAULT") == 2
@@ -110,38 +110,38 @@ def test_memory_fault_has_its_code_and_says_where():
     "accident",
     [("--unmap", "0x5000"), ("--no-access", "0x5000"), ("--read-only", "0x5000"), ("--beyond-file", "0x5000")],
 )
-def test_host_memory_taken_away(accident: tuple[str, str]):
+def test_host_memory_taken_away(accident: tuple[str, str]) -> None:
     done = soft(image("a20050 f4"), "--load", "0x1000", *accident)  # mov [0x5000],al; hlt
     assert_one_line(done, 5, "memory fault gpa=0x5000 size=0x1000 flags=0 errno=EFAULT")
 
 
-def test_read_only_host_memory_can_be_read():
+def test_read_only_host_memory_can_be_read() -> None:
     assert soft(image("a00050 f4"), "--read-only", "0x5000").returncode == 0
 
 
-def test_a_bare_efault_has_its_code():
+def test_a_bare_efault_has_its_code() -> None:
     done = soft(image("a00050 f4"), "--hole", "0x5000:4K", "--profile", "linux-7.3")
     assert_one_line(done, 7, "KVM_RUN", "does not say which")
 
 
-def test_triple_fault():
+def test_triple_fault() -> None:
     assert_one_line(soft(image("0f0b"), "--mode", "long"), 4, "shutdown (triple fault)")
 
 
-def test_max_exits():
+def test_max_exits() -> None:
     done = soft(image("e680 ebfc"), "--max-exits", 3)  # out 0x80,al; jmp
     assert_one_line(done, 8, "stopped after 3 exits")
     assert done.stderr.count("io out") == 3
 
 
-def test_timeout_of_a_guest_that_makes_no_exits():
+def test_timeout_of_a_guest_that_makes_no_exits() -> None:
     start = time.monotonic()
     done = soft(image(FOREVER), "--timeout", "0.3")
     assert_one_line(done, 124, "stopped after 0.3 seconds, at rip 0x7c00")
     assert time.monotonic() - start < 10
 
 
-def test_timeout_of_a_guest_that_makes_exits():
+def test_timeout_of_a_guest_that_makes_exits() -> None:
     assert_one_line(soft(image("e680 ebfc"), "-q", "--timeout", "0.2"), 124, "stopped after 0.2 seconds")
 
 
@@ -154,7 +154,7 @@ def test_timeout_of_a_guest_that_makes_exits():
     ],
 )
 @pytest.mark.parametrize("guest", [FOREVER, bytes.fromhex("e680ebfc")], ids=["no exits", "exits"])
-def test_signals(number: signal.Signals, code: int, line: str, guest: bytes):
+def test_signals(number: signal.Signals, code: int, line: str, guest: bytes) -> None:
     argv = command("exec", image(b"\xb0\x2e\xe6\xe9" + guest), "-q", "--backend", "soft")
     with subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -164,7 +164,7 @@ def test_signals(number: signal.Signals, code: int, line: str, guest: bytes):
     assert (process.returncode, errors.decode()) == (code, BACKEND + line)
 
 
-def test_an_ignored_hangup_does_not_end_the_guest():
+def test_an_ignored_hangup_does_not_end_the_guest() -> None:
     # mov al,'.'; out 0xe9,al; in al,0x60; jmp: exits for ever
     argv = ["nohup", *command("exec", image("b02e e6e9 e460 ebf8"), "-q", "--backend", "soft", "--max-exits", 100_000)]
     with subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -175,7 +175,7 @@ def test_an_ignored_hangup_does_not_end_the_guest():
     assert (process.returncode, errors.decode().splitlines()[-1]) == (8, "anykvm: stopped after 100000 exits")
 
 
-def test_a_reader_that_goes_away():
+def test_a_reader_that_goes_away() -> None:
     # mov al,'.'; out 0xe9,al; jmp
     argv = command("exec", image("b02e e6e9 ebfa"), "-q", "--backend", "soft", "--max-exits", 1_000_000)
     with subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -220,7 +220,7 @@ def test_a_reader_that_goes_away():
         ((), ("IMAGE",)),
     ],
 )
-def test_mistakes_are_one_line_and_code_2(arguments: tuple[str, ...], words: tuple[str, ...]):
+def test_mistakes_are_one_line_and_code_2(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     image(HELLO)
     image(b"", "empty")
     image(elf64(b"\xf4", type=3), "pie")

@@ -37,7 +37,7 @@ def image(code: bytes | str, name: str = "image") -> str:
 
 
 def explain(code: bytes | str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return anykvm("explain", image(code), *arguments)
+    return anykvm("explain", image(code), *arguments, "--backend", "soft")
 
 
 def found(code: bytes | str, *arguments: object) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def block(output: str, label: str) -> list[str]:
     return block
 
 
-def test_the_whole_explanation():
+def test_the_whole_explanation() -> None:
     done = explain(STORE, "--read-only", "0x7000")
     assert done.returncode == 0
     assert done.stderr == "backend soft, profile linux-7.3: asked for\n"
@@ -109,14 +109,14 @@ def test_the_whole_explanation():
         (("--no-access", "0x6000:8K"), "PROT_NONE (anonymous memory)", "---p"),
     ],
 )
-def test_accidents(arguments: tuple[str, ...], words: str, vma: str):
+def test_accidents(arguments: tuple[str, ...], words: str, vma: str) -> None:
     done = explain(STORE, *arguments)
     assert done.returncode == 0
     assert done.stdout.startswith("write to gpa 0x7008: memslot 0 maps it to 0x")
     assert words in done.stdout.splitlines()[0] and vma in block(done.stdout, "vma")[0]
 
 
-def test_memory_beyond_the_end_of_its_file():
+def test_memory_beyond_the_end_of_its_file() -> None:
     done = explain("a20050 f4", "--load", "0x1000", "--beyond-file", "0x5000")  # mov [0x5000],al
     assert done.returncode == 0
     first = done.stdout.splitlines()[0]
@@ -125,7 +125,7 @@ def test_memory_beyond_the_end_of_its_file():
     assert block(done.stdout, "page walk") == ["no paging: linear 0x5000 is gpa 0x5000"]
 
 
-def test_a_page_table():
+def test_a_page_table() -> None:
     done = explain(STORE, "--unmap", "0x3000")
     assert done.returncode == 0
     assert done.stdout.startswith("write to gpa 0x3000 (page table of 0x200000): memslot 0 maps it to ")
@@ -133,13 +133,13 @@ def test_a_page_table():
     assert block(done.stdout, "page walk")[-1] == "PDPTE  at gpa 0x3000  cannot be read  <- the access that was refused"
 
 
-def test_delivery_of_an_exception():
+def test_delivery_of_an_exception() -> None:
     answer = found("0f0b", "--load", "0x1000", "--no-access", "0")  # ud2 in real mode: the IDT is at 0
     assert answer["cause"]["instruction"] == "delivery of exception 6"
     assert answer["cause"]["candidates"][0]["role"] == "idt" and answer["cause"]["candidates"][0]["gpa"] == 4 * 6
 
 
-def test_several_causes():
+def test_several_causes() -> None:
     done = explain(COMPARE, "--no-access", "0x7000", "--unmap", "0x9000")
     assert done.returncode == 10 and "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
@@ -148,7 +148,7 @@ def test_several_causes():
     assert lines.count("candidate 1") == lines.count("candidate 2") == 1
 
 
-def test_json_has_all_of_it():
+def test_json_has_all_of_it() -> None:
     answer = found(STORE, "--read-only", "0x7000")
     assert (answer["backend"], answer["profile"], answer["errno"]) == ("soft", "linux-7.3", "EFAULT")
     assert (answer["exit_reason"], answer["memory_fault"], answer["agrees"]) == ("KVM_EXIT_UNKNOWN", None, None)
@@ -166,7 +166,7 @@ def test_json_has_all_of_it():
     assert cause["vcpu"]["rdi"] == 0x7008 and cause["vcpu"]["cs"]["selector"] == 8
 
 
-def test_kvm_annotated_it_and_the_explanation_agrees():
+def test_kvm_annotated_it_and_the_explanation_agrees() -> None:
     done = explain(STORE, "--read-only", "0x7000", "--profile", "documented")
     assert done.returncode == 0
     assert block(done.stdout, "KVM") == [
@@ -178,7 +178,7 @@ def test_kvm_annotated_it_and_the_explanation_agrees():
     assert answer["agrees"] is True and answer["memory_fault"] == {"gpa": 0x7000, "size": 0x1000, "flags": 0}
 
 
-def test_an_explanation_that_kvm_contradicts_fails():
+def test_an_explanation_that_kvm_contradicts_fails() -> None:
     fault = MemoryFault(0x8000, 0x1000, 0, 14)
     answer = found(STORE, "--read-only", "0x7000")
     cause: Any = type("Cause", (), {"candidates": [type("Suspect", (), {"page": 0x7000})], "ambiguous": False})()
@@ -189,7 +189,7 @@ def test_an_explanation_that_kvm_contradicts_fails():
     assert failed.value.code == ExitCode.FAILED
 
 
-def test_no_cause_found_is_said_and_fails():
+def test_no_cause_found_is_said_and_fails() -> None:
     report = Report(FakeBackend(), 14, c.KVM_EXIT_UNKNOWN, None, None, "it could not be decoded")
     assert "memory_fault is not valid" in text(report) and report.plain()["cause"] is None
     assert text(report).endswith("no cause     it could not be decoded")
@@ -198,20 +198,20 @@ def test_no_cause_found_is_said_and_fails():
     assert failed.value.code == ExitCode.FAILED
 
 
-def test_nothing_to_explain():
+def test_nothing_to_explain() -> None:
     done = explain(HELLO, "-q")
     assert_one_line(done, 11, "nothing to explain")
     assert done.stdout == "" and len(without_backend(done.stderr)) == 1
 
 
-def test_exits_and_output_before_the_failure_are_listed():
+def test_exits_and_output_before_the_failure_are_listed() -> None:
     # out 0xe9 'H'; out 0x80; out 0xe9 newline; out 0xe9 'i'; mov al,[0x5000]
     done = explain("b048 e6e9 e680 b00a e6e9 b069 e6e9 a00050", "--unmap", "0x5000")
     assert done.returncode == 0 and done.stdout.startswith("read from gpa 0x5000")
     assert done.stderr.splitlines()[1:] == ["io out port=0x80 size=1 data=48", r"output 'H\n'", "output 'i'"]
 
 
-def test_other_ends_have_the_codes_of_exec():
+def test_other_ends_have_the_codes_of_exec() -> None:
     assert_one_line(explain("0f0b", "--mode", "long"), 4, "shutdown (triple fault)", "nothing to explain")
     assert_one_line(explain("ebfe", "--timeout", "0.2"), 124, "stopped after 0.2 seconds")
     assert_one_line(explain("e680 ebfc", "--max-exits", 3), 8, "stopped after 3 exits")
@@ -230,14 +230,14 @@ def test_other_ends_have_the_codes_of_exec():
         ((), ("IMAGE", "explain --help")),
     ],
 )
-def test_mistakes_are_one_line_and_code_2(arguments: tuple[str, ...], words: tuple[str, ...]):
+def test_mistakes_are_one_line_and_code_2(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
     image(HELLO)
     done = anykvm("explain", "-q", *arguments)
     assert_one_line(done, 2, *words)
     assert done.stdout == "" and len(without_backend(done.stderr)) == 1
 
 
-def test_the_page_in_docs_shows_what_is_printed():
+def test_the_page_in_docs_shows_what_is_printed() -> None:
     page = (Path(__file__).parent.parent / "docs/explain.md").read_text()
     printf, arguments = re.findall(r"^    printf '(.*)' >guest\n    anykvm (.*)$", page, re.MULTILINE)[0]
     image(bytes.fromhex(printf.replace("\\x", "")), "guest")

@@ -14,7 +14,8 @@ import pytest
 import anykvm
 from anykvm import Hlt, Io, MemoryFault, Mmio
 from anykvm.backends.soft import DeviceMapping, PciBar, SgxVepc
-from machine import CODE, Machine, assemble
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, Machine
 
 PAGE = 4096
 HIGH = 0x800000  # guest-physical address of the device
@@ -383,7 +384,7 @@ def test_bar_switched_off_under_a_running_guest(machine: Machine) -> None:
         machine.long_mode(f"mov ${HIGH}, %esi; 1: inc %rax; mov %rax, (%rsi); jmp 1b")
         for _ in range(5):
             exits: list[object] = []
-            thread = threading.Thread(target=lambda found=exits: found.append(machine.vcpu.run()))  # type: ignore[misc]
+            thread = threading.Thread(target=lambda found=exits: found.append(machine.vcpu.run()))
             before = bar.registers[0:8]
             thread.start()
             while bar.registers[0:8] == before:

@@ -13,7 +13,7 @@ import pytest
 import anykvm
 from anykvm import GuestMemory, Hlt, Io, Vcpu, abi
 from anykvm.abi import KVM_MEM_LOG_DIRTY_PAGES as LOG
-from machine import CODE, DATA, PML4, Machine
+from anykvm.testing.machine import CODE, DATA, PML4, Machine
 from soft_helpers import refused
 from test_smp import second, together
 

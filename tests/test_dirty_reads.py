@@ -19,7 +19,7 @@ from anykvm.conformance import compare_scenario, load
 from anykvm.conformance.record import record_scenario
 from anykvm.conformance.records_of import kernel_records
 from anykvm.host.ranges import PAGE_SIZE as PAGE
-from machine import Machine
+from anykvm.testing.machine import Machine
 
 HIGH: Final = 0x1000000
 NAME: Final = "dirty_reads_by_memory"

@@ -14,7 +14,8 @@ import pytest
 
 import anykvm
 from anykvm import GuestMemory, Hlt, Intr
-from machine import CODE, DATA, Machine, assemble
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, DATA, Machine
 
 unicorn = pytest.importorskip("unicorn", reason="the stock engine to compare with (pip install unicorn==2.1.4)")
 from unicorn import x86_const as x86  # noqa: E402

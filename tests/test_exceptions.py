@@ -6,8 +6,9 @@ import pytest
 
 import anykvm
 from anykvm import InternalError, Shutdown, abi
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, DATA, GDT, HANDLERS, IDT, IST1, RSP0, STACK, Machine, segment
 from anykvm.vmm import modes
-from machine import CODE, DATA, GDT, HANDLERS, IDT, IST1, RSP0, STACK, Machine, assemble, segment
 
 NONCANONICAL = "mov $0x800000000000, %rax; "
 

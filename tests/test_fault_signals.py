@@ -15,7 +15,7 @@ import pytest
 import anykvm
 from anykvm import GuestMemory, Intr, Io, MemoryFault, abi
 from anykvm.backends.soft import poison
-from machine import CODE, DATA, Machine
+from anykvm.testing.machine import CODE, DATA, Machine
 from soft_helpers import refused
 
 PAGE = 4096

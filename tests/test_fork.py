@@ -24,9 +24,10 @@ def run_and_let_the_ticker_sleep():
         for _ in range(3):
             vcpu.set_real_mode(rip=0)
             print(type(vcpu.run()).__name__, flush=True)
-            others = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
-            assert len(others) == 1
-            while (others[0] / "syscall").read_text().split()[0] != FUTEX:
+            tasks = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
+            tickers = [task for task in tasks if (task / "comm").read_text() == "anykvm-ticker\\n"]
+            assert len(tickers) == 1
+            while (tickers[0] / "syscall").read_text().split()[0] != FUTEX:
                 time.sleep(0.001)
 
 

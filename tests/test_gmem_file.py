@@ -8,7 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ import pytest
 from anykvm import Hlt, abi
 from anykvm.backends.soft import SoftBackend
 from anykvm.host import libc
-from private_guest import PAGE, SIZE, PrivateGuest, private_guest
+from anykvm.testing.private import PAGE, SIZE, PrivateGuest, private_guest
+from gmem_calls import CALLS
 from soft_helpers import refused
 
 MMAP, INIT_SHARED = abi.GUEST_MEMFD_FLAG_MMAP, abi.GUEST_MEMFD_FLAG_INIT_SHARED
@@ -27,28 +28,6 @@ KEEP, PUNCH, ZERO = 1, 2, 16
 def guest() -> Iterator[PrivateGuest]:
     with private_guest(SoftBackend()) as made:
         yield made
-
-
-CALLS: dict[str, tuple[int, Callable[[int], object]]] = {
-    "read": (errno.EINVAL, lambda fd: os.read(fd, 1)),
-    "write": (errno.EINVAL, lambda fd: os.write(fd, b"x")),
-    "readv": (errno.EINVAL, lambda fd: os.readv(fd, [bytearray(1)])),
-    "writev": (errno.EINVAL, lambda fd: os.writev(fd, [b"x"])),
-    "pread": (errno.ESPIPE, lambda fd: os.pread(fd, 1, 0)),
-    "pwrite": (errno.ESPIPE, lambda fd: os.pwrite(fd, b"x", 0)),
-    "preadv": (errno.ESPIPE, lambda fd: os.preadv(fd, [bytearray(1)], 0)),
-    "pwritev": (errno.ESPIPE, lambda fd: os.pwritev(fd, [b"x"], 0)),
-    "lseek": (errno.ESPIPE, lambda fd: os.lseek(fd, 0, os.SEEK_END)),
-    "shrink": (errno.EINVAL, lambda fd: os.ftruncate(fd, PAGE)),
-    "grow": (errno.EINVAL, lambda fd: os.ftruncate(fd, 2 * SIZE)),
-    "fchmod": (errno.EINVAL, lambda fd: os.chmod(fd, 0o777)),
-    "fchown": (errno.EINVAL, lambda fd: os.chown(fd, os.getuid(), os.getgid())),
-    "futimens": (errno.EINVAL, lambda fd: os.utime(fd)),
-    "fsync": (errno.EINVAL, os.fsync),
-    "fdatasync": (errno.EINVAL, os.fdatasync),
-    "mmap": (errno.ENODEV, lambda fd: mmap.mmap(fd, PAGE)),
-    "posix_fallocate": (errno.ESPIPE, lambda fd: os.posix_fallocate(fd, 0, PAGE)),
-}
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -14,6 +14,7 @@ from anykvm.backends.soft.guest_memfd import fail_page
 from anykvm.conformance import by_scenario, compare_scenario, golden, load
 from anykvm.conformance.host import Host
 from anykvm.conformance.host import fallocate as real_fallocate
+from anykvm.conformance.host import file_mapping as real_mapping
 from anykvm.conformance.record import record_scenario
 from anykvm.conformance.scenarios import guest_memfd_mapped
 from conftest import probe
@@ -39,7 +40,6 @@ def test_gmem_mmap(monkeypatch: pytest.MonkeyPatch) -> None:
         fail_page(fd, offset, 0)  # the poisoned page has left the file
         return real_fallocate(fd, mode, offset, length)
 
-    real_mapping = guest_memfd_mapped.file_mapping
     monkeypatch.setattr(guest_memfd_mapped, "file_mapping", bound)
     monkeypatch.setattr(guest_memfd_mapped, "fallocate", punch)
     monkeypatch.setattr(Host, "advise", poison)

@@ -17,7 +17,7 @@ import pytest
 from anykvm import GuestMemory, Hlt, abi
 from anykvm.backends.soft import SoftBackend
 from anykvm.backends.soft.files import FILES
-from private_guest import AREA, FLAG, PAGE, SIZE, PrivateGuest, private_guest
+from anykvm.testing.private import AREA, FLAG, PAGE, SIZE, PrivateGuest, private_guest
 from soft_helpers import refused
 
 MMAP, INIT_SHARED = abi.GUEST_MEMFD_FLAG_MMAP, abi.GUEST_MEMFD_FLAG_INIT_SHARED

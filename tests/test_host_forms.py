@@ -18,7 +18,7 @@ from anykvm.conformance import by_scenario, compare_scenario, golden, read_recor
 from anykvm.conformance.host import READ_WRITE, Host, anonymous, file_mapping, memfd
 from anykvm.conformance.signals import Signals
 from anykvm.host import libc
-from machine import CODE, Machine
+from anykvm.testing.machine import CODE, Machine
 from test_devices import fault
 
 PAGE = 4096

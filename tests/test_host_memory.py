@@ -14,7 +14,8 @@ import pytest
 
 from anykvm import GuestMemory, MemoryFault
 from anykvm.host import libc
-from machine import CODE, DATA, Machine, assemble
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, DATA, Machine
 
 PAGE = 4096
 RW, RO, NONE = 3, 1, 0

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from anykvm.backends.soft.engine.library import library
-from machine import assemble
+from anykvm.testing.assembler import assemble
 
 NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{number}" for number in range(8, 16)))
 FORMS = [

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from anykvm import Hlt, Hypercall, Intr, abi
-from machine import CODE, Machine
+from anykvm.testing.machine import CODE, Machine
 
 MAP_GPA_RANGE = 12
 SOURCE = "mov $12, %eax; mov $0x60000, %ebx; mov $2, %ecx; mov $16, %edx; {}; hlt"

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-import anykvm
 from anykvm import Hlt, Hypercall, InternalError, Intr, Io, Mmio, abi
-from machine import CODE, DATA, STACK, Machine
-from private_guest import PAGE, private_guest
+from anykvm.backends.soft import SoftBackend
+from anykvm.testing.machine import CODE, DATA, STACK, Machine
+from anykvm.testing.private import PAGE, private_guest
 from soft_helpers import refused
 
 DEVICE = 0x30000000
@@ -120,7 +120,7 @@ def test_a_hypercall_leaves_what_was_in_its_answer(machine: Machine) -> None:
 
 
 def test_private_memory_has_no_flags(profile: str) -> None:
-    with private_guest(anykvm.backend("soft", profile)) as guest:
+    with private_guest(SoftBackend(profile)) as guest:
         assert guest.vm.check_extension(abi.KVM_CAP_GUEST_MEMFD) == 1
         assert guest.vm.check_extension(abi.KVM_CAP_GUEST_MEMFD_FLAGS) == 0
         with refused(errno.EINVAL, "KVM_CAP_GUEST_MEMFD_FLAGS"):

@@ -11,7 +11,7 @@ import pytest
 import anykvm
 from anykvm import GuestMemory, abi
 from anykvm.backends.soft.ordered import CHUNK, SortedNumbers
-from machine import Machine
+from anykvm.testing.machine import Machine
 from soft_helpers import refused
 
 PAGE, SLOTS = 4096, 32764

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -182,7 +183,8 @@ def put(**files: str) -> str:
 
 def test_a_run_brings_back_output_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(tmp_path, monkeypatch, put(kernel="7.3.4", stdout="out", stderr="err", status="7\n"))
-    out, err, said = io.BytesIO(), io.BytesIO(), []
+    out, err = io.BytesIO(), io.BytesIO()
+    said: list[str] = []
     settings = Settings(output=tmp_path / "results")
     assert machine.run(["true"], settings, said.append, out, err) == 7
     assert (out.getvalue(), err.getvalue()) == (b"out", b"err")
@@ -321,13 +323,13 @@ def test_qemu_is_installed_by_root_only_and_says_what_it_does(tmp_path: Path, mo
         return subprocess.CompletedProcess(command, 0, TARGETS, "")
 
     monkeypatch.setattr(apt, "_ran", run)
-    monkeypatch.setattr(apt.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(apt, "BACKPORTS_FILE", tmp_path / "backports.sources")
-    monkeypatch.setattr(apt.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(OracleError, match="as root .*apt-get install .*-t bookworm-backports qemu-system-x86"):
         apt.install_qemu(said.append)
     assert not said and not (tmp_path / "backports.sources").exists()
-    monkeypatch.setattr(apt.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     apt.install_qemu(said.append)
     assert "Suites: bookworm-backports\n" in (tmp_path / "backports.sources").read_text()
     assert len(said) == 2 and "adding" in said[0] and "installing" in said[1]
@@ -376,6 +378,7 @@ def test_the_machine_ends_with_the_process_that_started_it() -> None:
         (-1, ["echo", "ran"], ""),  # who started it had ended before it was bound
         (os.getpid(), ["/nonexistent/qemu"], "/nonexistent/qemu: No such file or directory\n"),
     ],
+    ids=["there", "gone", "no such program"],
 )
 def test_a_program_is_run_if_its_starter_is_there(parent: int, line: list[str], said: str) -> None:
     whole = bound.command(line)
@@ -412,11 +415,11 @@ def refused(*suites: str) -> str:
 def test_root_gets_the_lists_that_apt_has_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     fake_apt(tmp_path, monkeypatch, "touch lists")
-    monkeypatch.setattr(apt.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(OracleError, match="no lists of packages: run apt-get update as root"):
         apt.mirror(said.append)
     assert said == [] and not (tmp_path / "lists").exists()
-    monkeypatch.setattr(apt.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert apt.mirror(said.append).codename == "bookworm"
     assert said == ["apt has no lists of packages; apt-get update"]
 
@@ -425,7 +428,7 @@ def test_lists_that_cannot_be_had_are_not_a_debian_without_a_mirror(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_apt(tmp_path, monkeypatch, refused("bookworm"))
-    monkeypatch.setattr(apt.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(OracleError, match=r"^apt-get update: Failed to fetch http://x/dists/bookworm/InRel.* refused"):
         apt.mirror(silent)
 
@@ -451,7 +454,7 @@ def test_qemu_s_download_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "lists").touch()
     fake_apt(tmp_path, monkeypatch, refused("bookworm-backports"))
     monkeypatch.setattr(apt, "BACKPORTS_FILE", tmp_path / "backports.sources")
-    monkeypatch.setattr(apt.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     with pytest.raises(OracleError, match="the download of bookworm-backports's list .* refused bookworm-backports"):
         apt.install_qemu(silent)
 

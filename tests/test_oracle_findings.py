@@ -10,7 +10,7 @@ import pytest
 
 import anykvm
 from anykvm import InternalError, Io, Mmio, abi
-from machine import CODE, DATA, Machine
+from anykvm.testing.machine import CODE, DATA, Machine
 
 DEVICE = 0x1000000  # no memslot there
 VECTOR = 0x40

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -32,13 +33,16 @@ from vmm_helpers import assert_one_line, command, environment, require_soft
 PAGE = 4096
 
 
+Make = Callable[[int], Path]
+
+
 @pytest.fixture(scope="module")
 def soft() -> Backend:
     return require_soft()
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[[int], Path]:
+def make(tmp_path: Path) -> Make:
     def file(size: int) -> Path:
         path = tmp_path / f"file-{size}"
         path.write_bytes(random.Random(size).randbytes(size))
@@ -47,14 +51,14 @@ def make(tmp_path: Path) -> Callable[[int], Path]:
     return file
 
 
-def postcopy(backend: Backend, path: Path, **options) -> Result:
+def postcopy(backend: Backend, path: Path, **options: Any) -> Result:
     with anykvm.open(backend) as kvm, Source(str(path)) as source:
         return run(kvm, source, **options)
 
 
 @pytest.mark.parametrize("order", ["random", "sequential"])
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 4095, 4096, 4097, 5 * PAGE, 37 * PAGE + 1234])
-def test_the_guests_crc_is_zlibs(soft: Backend, make, size: int, order):
+def test_the_guests_crc_is_zlibs(soft: Backend, make: Make, size: int, order: Literal["random", "sequential"]) -> None:
     path = make(size)
     result = postcopy(soft, path, order=order)
     assert result.crc_guest == result.crc_zlib == zlib.crc32(path.read_bytes())
@@ -66,7 +70,7 @@ def test_the_guests_crc_is_zlibs(soft: Backend, make, size: int, order):
     assert (result.backend, result.profile) == ("soft", "documented")
 
 
-def test_each_seed_has_its_order(soft: Backend, make):
+def test_each_seed_has_its_order(soft: Backend, make: Make) -> None:
     path = make(40 * PAGE)
     first, second, again = (postcopy(soft, path, seed=seed) for seed in (1, 2, 1))
     assert first.correct and second.correct
@@ -74,7 +78,7 @@ def test_each_seed_has_its_order(soft: Backend, make):
     assert sorted(first.faults.page) == list(range(40))
 
 
-def test_prefetch_saves_faults(soft: Backend, make):
+def test_prefetch_saves_faults(soft: Backend, make: Make) -> None:
     path = make(64 * PAGE)
     result = postcopy(soft, path, order="sequential", prefetch=7)
     assert result.correct
@@ -85,19 +89,19 @@ def test_prefetch_saves_faults(soft: Backend, make):
     assert everything.correct and len(everything.faults.page) < 10
 
 
-def test_progress_ends_with_all_pages(soft: Backend, make):
+def test_progress_ends_with_all_pages(soft: Backend, make: Make) -> None:
     seen: list[int] = []
     postcopy(soft, make(5 * PAGE), progress=seen.append)
     assert seen[-1] == 5
 
 
-def test_a_kernel_that_gives_a_bare_efault_is_said(make):
+def test_a_kernel_that_gives_a_bare_efault_is_said(make: Make) -> None:
     backend = require_soft("linux-7.3")
     with pytest.raises(OSError, match="does not say which"):
         postcopy(backend, make(PAGE))
 
 
-def test_a_file_that_shrinks_meanwhile(soft: Backend, make, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_shrinks_meanwhile(soft: Backend, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(20 * PAGE)
     truncate_at_fault(monkeypatch, path, 10, 3 * PAGE)
     with pytest.raises(FileError, match="became shorter while the guest ran") as info:
@@ -105,14 +109,16 @@ def test_a_file_that_shrinks_meanwhile(soft: Backend, make, monkeypatch: pytest.
     assert info.value.while_running
 
 
-def test_a_file_that_is_deleted_meanwhile_is_still_there(soft: Backend, make, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_is_deleted_meanwhile_is_still_there(
+    soft: Backend, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = make(20 * PAGE)
     at_fault(monkeypatch, 10, path.unlink)
     assert postcopy(soft, path).correct
     assert not path.exists()
 
 
-def test_nothing_is_left_behind(soft: Backend, make, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_left_behind(soft: Backend, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(20 * PAGE)
     postcopy(soft, path)
     before = sorted(os.listdir("/proc/self/fd"))
@@ -177,7 +183,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_needs_nothing_else(soft: Backend, make):
+def test_the_page_is_whole_and_needs_nothing_else(soft: Backend, make: Make) -> None:
     result = postcopy(soft, make(37 * PAGE + 1))
     text = render("a <b> & c", result)
     page = Page(text)
@@ -189,7 +195,7 @@ def test_the_page_is_whole_and_needs_nothing_else(soft: Backend, make):
     assert "prefers-color-scheme: dark" in text and "http" not in text
 
 
-def test_every_fault_is_in_the_pictures(soft: Backend, make):
+def test_every_fault_is_in_the_pictures(soft: Backend, make: Make) -> None:
     result = postcopy(soft, make(200 * PAGE))
     heat = heat_map(result)
     cells = sum(level.path.count("M") for level in heat.levels)
@@ -201,12 +207,12 @@ def test_every_fault_is_in_the_pictures(soft: Backend, make):
     assert tallest == 1
 
 
-def test_the_page_of_an_empty_file(soft: Backend, make):
+def test_the_page_of_an_empty_file(soft: Backend, make: Make) -> None:
     page = render("empty", postcopy(soft, make(0)))
     assert "No fault" in page and not Page(page).open
 
 
-def test_the_page_is_written_whole_or_not_at_all(soft: Backend, make, tmp_path: Path):
+def test_the_page_is_written_whole_or_not_at_all(soft: Backend, make: Make, tmp_path: Path) -> None:
     result = postcopy(soft, make(PAGE))
     out = tmp_path / "out"
     out.mkdir()
@@ -223,9 +229,9 @@ def test_the_page_is_written_whole_or_not_at_all(soft: Backend, make, tmp_path: 
 
 @pytest.mark.usefixtures("soft")
 class TestCommand:
-    def test_table_and_report(self, make, tmp_path: Path):
+    def test_table_and_report(self, make: Make, tmp_path: Path) -> None:
         path = make(20 * PAGE + 5)
-        done = run_command("postcopy", path.name, cwd=tmp_path)
+        done = run_command("postcopy", path.name, "--backend", "soft", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         crc = f"{zlib.crc32(path.read_bytes()):08x}"
         assert f"guest {crc}, zlib {crc}: equal" in done.stdout
@@ -233,9 +239,19 @@ class TestCommand:
             assert words in done.stdout
         assert (tmp_path / "postcopy.html").read_text().startswith("<!doctype html>")
 
-    def test_json_alone_is_on_stdout(self, make, tmp_path: Path):
+    def test_json_alone_is_on_stdout(self, make: Make, tmp_path: Path) -> None:
         path = make(20 * PAGE)
-        options = ("--json", "--order", "sequential", "--prefetch", 3, "--html", tmp_path / "r.html")
+        options = (
+            "--backend",
+            "soft",
+            "--json",
+            "--order",
+            "sequential",
+            "--prefetch",
+            3,
+            "--html",
+            tmp_path / "r.html",
+        )
         done = run_command("postcopy", path, *options)
         assert (done.returncode, done.stderr) == (0, "")
         found = json.loads(done.stdout)
@@ -243,7 +259,7 @@ class TestCommand:
         assert found["latency_us"]["p50"] <= found["latency_us"]["p99"] <= found["latency_us"]["max"]
         assert (tmp_path / "r.html").exists()
 
-    def test_where_kvm_does_not_name_the_page_annotate_does(self, make, tmp_path: Path):
+    def test_where_kvm_does_not_name_the_page_annotate_does(self, make: Make, tmp_path: Path) -> None:
         path = make(20 * PAGE + 5)
         done = run_command("postcopy", path, "--profile", "linux-7.3", "--html", tmp_path / "r.html")
         assert (done.returncode, done.stderr) == (0, "")
@@ -253,9 +269,13 @@ class TestCommand:
         assert "the Annotate layer works it out" in (tmp_path / "r.html").read_text()
         found = json.loads(run_command("postcopy", path, "--profile", "linux-7.3", "--json", "--no-html").stdout)
         assert (found["layers"], found["faults"]) == (["Annotate"], 21)
-        assert json.loads(run_command("postcopy", path, "--json", "--no-html").stdout)["layers"] == []
+        assert (
+            json.loads(run_command("postcopy", path, "--json", "--no-html", "--backend", "soft").stdout)["layers"] == []
+        )
 
-    def test_a_failure_names_the_backend_and_why(self, make, monkeypatch, capsys):
+    def test_a_failure_names_the_backend_and_why(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         def unresolvable(self: FileResolver, fault: anykvm.MemoryFault) -> int:
             raise Unresolvable("no")
 
@@ -270,7 +290,7 @@ class TestCommand:
         assert self.in_process(path, "--no-html") == 7
         assert capsys.readouterr().err == "anykvm: backend soft, profile documented: madvise: no memory\n"
 
-    def test_on_the_device_it_works_or_says_what_is_in_the_way(self, make):
+    def test_on_the_device_it_works_or_says_what_is_in_the_way(self, make: Make) -> None:
         path = make(3 * PAGE)
         done = run_command("postcopy", path, "--backend", "device", "--no-html")
         if not probe("device").usable:
@@ -280,16 +300,16 @@ class TestCommand:
         else:
             assert done.returncode == 0 and "device, profile kernel, the Annotate layer" in done.stdout, done.stderr
 
-    def test_no_html(self, make, tmp_path: Path):
+    def test_no_html(self, make: Make, tmp_path: Path) -> None:
         path = make(PAGE)
-        assert run_command("postcopy", path.name, "--no-html", cwd=tmp_path).returncode == 0
+        assert run_command("postcopy", path.name, "--backend", "soft", "--no-html", cwd=tmp_path).returncode == 0
         assert os.listdir(tmp_path) == [path.name]
 
-    def test_a_file_name_that_is_not_text(self, tmp_path: Path):
+    def test_a_file_name_that_is_not_text(self, tmp_path: Path) -> None:
         path = os.fsencode(tmp_path) + b"/\xff[red]<b>"
         Path(os.fsdecode(path)).write_bytes(b"x" * 5000)
         for options in ((), ("--json",)):
-            done = run_command("postcopy", os.fsdecode(path), *options, cwd=tmp_path)
+            done = run_command("postcopy", os.fsdecode(path), "--backend", "soft", *options, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
         assert "&lt;b&gt;" in (tmp_path / "postcopy.html").read_text()
 
@@ -309,7 +329,7 @@ class TestCommand:
             ((), 2, ("FILE",)),
         ],
     )
-    def test_mistakes_are_one_line(self, tmp_path: Path, arguments: tuple[str, ...], code: int, words):
+    def test_mistakes_are_one_line(self, tmp_path: Path, arguments: tuple[str, ...], code: int, words: str) -> None:
         (tmp_path / "file").write_bytes(b"x" * 5000)
         os.mkfifo(tmp_path / "fifo")
         done = run_command("postcopy", *arguments, cwd=tmp_path)
@@ -317,11 +337,11 @@ class TestCommand:
         assert done.stdout == "" and len(done.stderr.splitlines()) == 1
         assert sorted(os.listdir(tmp_path)) == ["fifo", "file"]
 
-    def test_ctrl_c_is_one_line_and_leaves_nothing(self, tmp_path: Path):
+    def test_ctrl_c_is_one_line_and_leaves_nothing(self, tmp_path: Path) -> None:
         with open(tmp_path / "large", "wb") as file:
             file.truncate(2 << 30)
         process = subprocess.Popen(
-            command("postcopy", "large", "--order", "sequential"),
+            command("postcopy", "large", "--backend", "soft", "--order", "sequential"),
             cwd=tmp_path,
             env=environment(),
             stdout=subprocess.PIPE,
@@ -336,19 +356,25 @@ class TestCommand:
         assert (process.returncode, out, errors) == (130, "", "anykvm: interrupted\n")
         assert os.listdir(tmp_path) == ["large"]
 
-    def test_a_file_that_shrinks_is_exit_code_9(self, make, monkeypatch, capsys):
+    def test_a_file_that_shrinks_is_exit_code_9(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         path = make(20 * PAGE)
         truncate_at_fault(monkeypatch, path, 10, 3 * PAGE)
         assert self.in_process(path, "--no-html") == 9
         assert re.fullmatch(r"anykvm: .*became shorter while the guest ran.*\n", capsys.readouterr().err)
 
-    def test_a_file_that_changes_is_exit_code_9(self, make, monkeypatch, capsys):
+    def test_a_file_that_changes_is_exit_code_9(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         path = make(20 * PAGE)
         at_fault(monkeypatch, 10, lambda: path.write_bytes(b"y" * 20 * PAGE))
         assert self.in_process(path, "--no-html") == 9
         assert "it changed while the guest ran, and the CRCs differ" in capsys.readouterr().err
 
-    def test_a_wrong_crc_is_exit_code_1(self, make, monkeypatch, capsys):
+    def test_a_wrong_crc_is_exit_code_1(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         monkeypatch.setattr(Source, "crc32", lambda self: 0x1234)
         assert self.in_process(make(PAGE), "--no-html") == 1
         assert "is not zlib's 00001234" in capsys.readouterr().err
@@ -356,12 +382,12 @@ class TestCommand:
     @staticmethod
     def in_process(*arguments: object) -> int:
         with pytest.raises(SystemExit) as info:
-            main(["postcopy", *(str(argument) for argument in arguments)])
+            main(["postcopy", "--backend", "soft", *(str(argument) for argument in arguments)])
         assert isinstance(info.value.code, int)
         return info.value.code
 
 
-def test_without_memory_faults_it_says_so(make):
+def test_without_memory_faults_it_says_so(make: Make) -> None:
     if not probe("device").usable:
         pytest.skip(f"device backend: {probe('device').reason}")
     # What a kernel does with ordinary memory: a bare EFAULT, or MMIO where KVM's instruction emulator runs the guest.

@@ -16,8 +16,8 @@ import anykvm
 from anykvm import Hlt, Mmio, abi
 from anykvm.backends.soft import SoftBackend, poison, unpoison
 from anykvm.backends.soft.guest_memfd import fail_page
-from machine import CODE, DATA, PML4
-from private_guest import ALIAS, AREA, BIT, FLAG, PAGE, PRIVATE, SIZE, PrivateGuest, private_guest
+from anykvm.testing.machine import CODE, DATA, PML4
+from anykvm.testing.private import ALIAS, AREA, BIT, FLAG, PAGE, PRIVATE, SIZE, PrivateGuest, private_guest
 from soft_helpers import refused
 
 FAULT = abi.KVM_EXIT_MEMORY_FAULT
@@ -217,7 +217,10 @@ def test_conversion_under_a_running_guest(guest: PrivateGuest) -> None:
     )
     guest.private()
     view = guest.memory.view
-    word = lambda at: int.from_bytes(view[at : at + 8], "little")  # noqa: E731
+
+    def word(at: int) -> int:
+        return int.from_bytes(view[at : at + 8], "little")
+
     exits: list[object] = []
     thread = threading.Thread(target=lambda: exits.append(guest.vcpu.run()))
     thread.start()

@@ -10,7 +10,7 @@ import pytest
 
 import anykvm
 from anykvm import InternalError, Intr, MemoryFault, Shutdown
-from machine import CODE, HANDLERS, Machine
+from anykvm.testing.machine import CODE, HANDLERS, Machine
 
 REGISTERS = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "r8", "r9", "r10")
 IRET = {"long": bytes.fromhex("48cf"), "legacy": b"\xcf"}

@@ -12,7 +12,7 @@ from vmm_helpers import anykvm, require_soft
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_example_prints_what_it_says():
+def test_the_example_prints_what_it_says() -> None:
     require_soft()
     found = re.search(r"```python\n(.*?)```\n\n((?:    [^\n]*\n)+)", TEXT, re.DOTALL)
     assert found
@@ -24,6 +24,6 @@ def test_the_example_prints_what_it_says():
     assert len(code.splitlines()) <= 15
 
 
-def test_the_commands_exist():
+def test_the_commands_exist() -> None:
     for name in re.findall(r"^    anykvm (\w+)", TEXT, re.MULTILINE):
         assert anykvm(name, "--help").returncode == 0

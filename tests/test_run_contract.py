@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -14,7 +15,10 @@ import anykvm
 from anykvm import Hlt, InternalError, Intr, Io, IrqWindowOpen, MemoryFault, Mmio, SetTpr, Shutdown, abi
 from anykvm.backends import soft
 from anykvm.backends.soft import PROFILES
-from machine import CODE, DATA, Machine, assemble
+from anykvm.backends.soft.files import FILES
+from anykvm.backends.soft.vm import VmFile
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, DATA, Machine
 
 RUN = abi.KVM_RUN
 DEVICE = 0x1000000  # no memslot there
@@ -44,6 +48,46 @@ def test_argument_must_be_zero(machine: Machine) -> None:
     poison(machine)
     assert raw(machine, 1) == errno.EINVAL  # row 5
     assert (machine.vcpu.kvm_run.exit_reason, machine.vcpu.kvm_run.flags) == (0xDEAD, 0x5555)
+
+
+def test_what_is_no_vcpu(machine: Machine) -> None:
+    """KVM_RUN goes by what is open, each time: no vCPU, no KVM file, nothing."""
+    backend = machine.kvm.backend
+    machine.long_mode("hlt")
+    twin = os.dup(machine.vcpu.fileno())
+    assert backend.ioctl(twin, RUN) == 0
+    for other, code in ((machine.kvm.fileno(), errno.EINVAL), (machine.vm.fileno(), errno.ENOTTY), (0, errno.ENOTTY)):
+        os.dup2(other, twin)
+        with pytest.raises(OSError, match="KVM_RUN") as caught:
+            backend.ioctl(twin, RUN)
+        assert caught.value.errno == code
+    os.close(twin)
+    with pytest.raises(OSError, match="KVM_RUN") as caught:
+        backend.ioctl(twin, RUN)
+    assert caught.value.errno == errno.EBADF
+
+
+def test_closed_while_it_runs(alarms: list[int]) -> None:
+    """Who runs a vCPU holds it: the VM goes when KVM_RUN is over, and not before."""
+    with anykvm.open("soft") as kvm:
+        before = len(FILES)
+        machine = Machine(kvm)
+        machine.long_mode("mov $0x60000, %rdi; 1: incl (%rdi); jmp 1b")
+        fd, seen = machine.vcpu.fileno(), []
+
+        def close() -> None:
+            while not machine.memory.read(DATA, 4).strip(b"\0"):
+                time.sleep(0.001)
+            machine.vm.close()  # with the vCPU, its descriptor and mapping
+            seen.append(len(FILES) - before)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+
+        closing = threading.Thread(target=close)
+        closing.start()
+        with pytest.raises(InterruptedError):
+            kvm.backend.ioctl(fd, RUN)
+        closing.join()
+        assert (seen, len(FILES) - before, len(alarms)) == ([1], 0, 1)
 
 
 def test_forked_child_gets_eio(machine: Machine) -> None:
@@ -428,9 +472,6 @@ def test_unknown_hypercall(machine: Machine) -> None:
 def test_dead_vm(machine: Machine) -> None:
     """A VM that dies while its vCPU runs: the run ends with EIO, and so does each later ioctl (rows 1 and 20)."""
     machine.long_mode("1: jmp 1b")
-    from anykvm.backends.soft.files import FILES
-    from anykvm.backends.soft.vm import VmFile
-
     file = FILES.get(machine.vm.fileno())
     assert isinstance(file, VmFile)
     timer = threading.Timer(0.02, file.vm.kill)
@@ -462,3 +503,85 @@ def test_poisoned_page_with_sigbus_blocked_retries_until_another_signal(machine:
         assert signal.sigwait({signal.SIGBUS}) == signal.SIGBUS
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGBUS})
+
+
+EARLY = ["early-purge-before-lock", "early-purge-after-lock", "early-purge-after-completion"]
+PURGES = ["linux-7.3", *EARLY, "never-purge"]
+
+
+@pytest.mark.parametrize("profile", PURGES)
+class TestWhereExitReasonIsReset:
+    """The research profiles: exit_reason after each early return, in the order of the returns."""
+
+    def test_a_dead_vcpu_is_refused_first(self, machine: Machine, profile: str) -> None:
+        machine.long_mode("hlt")
+        file = FILES.get(machine.vm.fileno())
+        assert isinstance(file, VmFile)
+        file.vm.kill()
+        poison(machine)
+        assert raw(machine) == errno.EIO
+        assert machine.vcpu.kvm_run.exit_reason == 0xDEAD
+
+    def test_wrong_argument(self, machine: Machine, profile: str) -> None:
+        machine.long_mode("hlt")
+        poison(machine)
+        assert raw(machine, 1) == errno.EINVAL
+        assert machine.vcpu.kvm_run.exit_reason == (0 if profile == EARLY[0] else 0xDEAD)
+
+    def test_refused_register_sync(self, machine: Machine, profile: str) -> None:
+        machine.long_mode("hlt")
+        poison(machine)
+        machine.vcpu.kvm_run.kvm_dirty_regs = 8
+        assert raw(machine) == errno.EINVAL
+        assert machine.vcpu.kvm_run.exit_reason == (0 if profile in EARLY[:2] else 0xDEAD)
+
+    def test_completion_that_exits_again(self, machine: Machine, profile: str) -> None:
+        machine.long_mode(f"mov ${DEVICE + 0xFFC}, %edi; movabs $0x8877665544332211, %rax; mov %rax, (%rdi); hlt")
+        assert machine.vcpu.run() == Mmio(DEVICE + 0xFFC, bytes.fromhex("11223344"), 4, True)
+        machine.vcpu.immediate_exit = True
+        assert machine.vcpu.run() == Mmio(DEVICE + 0x1000, bytes.fromhex("55667788"), 4, True)
+
+    def test_immediate_exit(self, machine: Machine, profile: str) -> None:
+        machine.long_mode(f"mov ${DEVICE}, %edi; movl $0x11223344, (%rdi); hlt")
+        assert isinstance(machine.vcpu.run(), Mmio)
+        run = machine.vcpu.kvm_run
+        payload = bytes(run)[32:56]
+        machine.vcpu.immediate_exit = True
+        assert raw(machine) == errno.EINTR
+        assert run.exit_reason == (0 if profile in EARLY else abi.KVM_EXIT_MMIO)
+        assert bytes(run)[32:56] == payload  # only the reason goes
+
+    def test_bare_fault(self, machine: Machine, profile: str) -> None:
+        machine.long_mode("mov $0x60123, %rax; incl (%rax); hlt")
+        machine.memory.protect(DATA, 4096, 0)
+        poison(machine)
+        assert raw(machine) == errno.EFAULT
+        assert machine.vcpu.kvm_run.exit_reason == (0xDEAD if profile == "never-purge" else 0)
+        machine.memory.protect(DATA, 4096, 3)
+        machine.run_to_halt()
+
+
+def test_before_6_8_nothing_names_a_page() -> None:
+    """Profile pre-6.8: what came with KVM_EXIT_MEMORY_FAULT is unknown, and says so as unknown ioctls do."""
+    with anykvm.open("soft", "pre-6.8") as kvm:
+        new = ("MEMORY_FAULT_INFO", "USER_MEMORY2", "MEMORY_ATTRIBUTES", "GUEST_MEMFD", "VM_TYPES", "PRE_FAULT_MEMORY")
+        assert [kvm.check_extension(getattr(abi, f"KVM_CAP_{name}")) for name in new] == [0] * len(new)
+        with pytest.raises(OSError) as caught:
+            kvm.create_vm(abi.KVM_X86_SW_PROTECTED_VM)
+        assert caught.value.errno == errno.EINVAL
+        with Machine(kvm) as machine:
+            vm, vcpu = machine.vm.fileno(), machine.vcpu.fileno()
+            for request in ("SET_USER_MEMORY_REGION2", "SET_MEMORY_ATTRIBUTES", "CREATE_GUEST_MEMFD"):
+                assert refused(kvm, vm, getattr(abi, f"KVM_{request}")) == errno.ENOTTY
+            assert refused(kvm, vcpu, abi.KVM_PRE_FAULT_MEMORY) == errno.EINVAL
+            machine.long_mode("mov $0x60123, %rax; incl (%rax); hlt")
+            machine.memory.protect(DATA, 4096, 0)
+            poison(machine)
+            assert raw(machine) == errno.EFAULT
+            assert machine.vcpu.kvm_run.exit_reason == abi.KVM_EXIT_UNKNOWN
+
+
+def refused(kvm: anykvm.Kvm, fd: int, request: int) -> int | None:
+    with pytest.raises(OSError) as caught:
+        kvm.backend.ioctl(fd, request, 0)
+    return caught.value.errno

@@ -14,14 +14,14 @@ import pytest
 from anykvm.conformance.golden_file import Record
 from anykvm.conformance.oracle import qemu
 from anykvm.conformance.sequences import Sequence, Step, generate, step
-from anykvm.conformance.sequences.archive import kernel_archive, read_archive, slim, write_archive
+from anykvm.conformance.sequences.archive import archived, kernel_archive, read_archive, slim
 from anykvm.conformance.sequences.batch import Batch, in_oracle, parse_seeds, read_batch, record_batch
 from anykvm.conformance.sequences.disagreement import Disagreement, disagreement, disagreements
 from anykvm.conformance.sequences.guest_programs import GROUPS, MODES
 from anykvm.conformance.sequences.perform import OPS
 from anykvm.conformance.sequences.shorten import shorten
+from anykvm.testing.assembler import assemble
 from conftest import probe
-from machine import assemble
 from vmm_helpers import anykvm, assert_one_line
 
 EVERY: Final = 1 if os.environ.get("ANYKVM_RANDOM") == "1" else 2
@@ -60,11 +60,10 @@ def test_programs_are_what_their_names_say(group: str) -> None:
         assert assemble(source, bits=BITS.get(MODES.get(group, ""), 64)).hex() == code, assembly
 
 
-def test_an_archive_reads_back(tmp_path: Path) -> None:
+def test_an_archive_reads_back() -> None:
     records = [{"s": "0.a", "e": 0, "x": 1}, {"s": "1.b", "e": 22}, {"s": "2.c", "e": 22, "x": {"y": 2}}]
     batch = Batch({"n": "ABOUT"}, {7: records, 3: []})
-    write_archive(tmp_path / "a.xz", batch)
-    assert read_archive((tmp_path / "a.xz").read_bytes()) == batch
+    assert read_archive(archived(batch)) == batch
 
 
 def test_the_first_difference_is_told_with_what_led_to_it() -> None:

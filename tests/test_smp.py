@@ -12,7 +12,7 @@ import pytest
 
 import anykvm
 from anykvm import GuestMemory, Hlt, Intr, Io, Mmio, Vcpu
-from machine import CODE, DATA, Machine
+from anykvm.testing.machine import CODE, DATA, Machine
 
 HIGH = 0x1000000
 DEVICE = 0x10000000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from anykvm.backends.soft import PROFILES, Profile, SoftBackend
 from anykvm.backends.soft.capabilities import CAPABILITIES
 from anykvm.backends.soft.engine import library
 from anykvm.backends.soft.msrs import FEATURE_MSRS, MSRS_TO_SAVE
+from anykvm.backends.soft.profiles import RESEARCH
 from anykvm.backends.soft.system import _HANDLERS as SYSTEM
 from anykvm.backends.soft.vcpu_state import HANDLERS as VCPU
 from anykvm.backends.soft.vm import _HANDLERS as VM
@@ -77,6 +78,7 @@ def test_read_only_and_crossing_memory(guest: Guest, request_: int) -> None:
 
     writable, readonly = mmap.mmap(-1, 2 * PAGE), mmap.mmap(-1, PAGE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     view = ctypes.c_uint8.from_buffer(readonly)
+    view.value = 1  # of KVM_GET_MSRS the number of entries; of none nothing is written
     libc.mprotect(ADDRESS(view), PAGE, mmap.PROT_READ)
     assert error_of(guest.backend, guest.vcpu, request_, ADDRESS(view)) == errno.EFAULT
     edge = ctypes.c_uint8.from_buffer(writable)
@@ -114,7 +116,7 @@ def test_capabilities(guest: Guest) -> None:
         assert backend.ioctl(guest.kvm, abi.KVM_CHECK_EXTENSION, absent) == 0
 
 
-OFFERED = {
+OFFERED: dict[int, list[tuple[Mapping[int, object], int]]] = {
     # capability -> requests that must exist (on the file that has them) when it is offered, and must not when it is not
     abi.KVM_CAP_USER_MEMORY: [(VM, abi.KVM_SET_USER_MEMORY_REGION)],
     abi.KVM_CAP_USER_MEMORY2: [(VM, abi.KVM_SET_USER_MEMORY_REGION2)],
@@ -289,9 +291,11 @@ PLAIN = Profile("plain", annotate_unresolved=False)
 def test_profiles() -> None:
     assert list(PROFILES) == ["documented", "linux-7.3", "linux-6.12"]
     every = {"annotate_unresolved", "init_after_shutdown", "map_writable", "purge"}
-    for profile in PROFILES.values():
+    for profile in (*PROFILES.values(), *RESEARCH.values()):
         own = {field.name for field in fields(profile) if getattr(profile, field.name) != getattr(PLAIN, field.name)}
         assert set(profile.cites) == every | own - {"name", "cites"}
+    assert [RESEARCH[name].memory_fault_valid(errno.EINTR, 39) for name in RESEARCH] == [False, True] + [False] * 4
+    assert RESEARCH["any-errno"].memory_fault_valid(0, 39) is False
     small = Profile("small", annotate_unresolved=False, capabilities={abi.KVM_CAP_NR_MEMSLOTS: 8})
     backend = SoftBackend(small)
     kvm = backend.open()

@@ -164,7 +164,7 @@ def test_fpu_leaves_mxcsr_alone(guest: Guest) -> None:
     fill(fpu, 2)
     fpu.fcw, fpu.fsw, fpu.ftwx, fpu.last_opcode, fpu.pad1, fpu.pad2 = 0x37F, 0x3800, 0xF0, 0x7FF, 0, 0
     for register in fpu.fpr:
-        register[10:16] = bytes(6)
+        register[10:16] = [0] * 6
     fpu.mxcsr = 0xFFFF
     assert guest.set(abi.KVM_SET_FPU, fpu) == 0
     got = guest.get(abi.KVM_GET_FPU, abi.kvm_fpu)

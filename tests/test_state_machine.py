@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import anykvm
 from anykvm import GuestMemory, Hlt, MemoryFault, Mmio, abi
-from machine import CODE, Machine, assemble
+from anykvm.testing.assembler import assemble
+from anykvm.testing.machine import CODE, Machine
 
 PAGE = 4096
 PAGES = 4

@@ -16,8 +16,8 @@ from anykvm.conformance import uffd
 from anykvm.conformance.host import Host, anonymous
 from anykvm.conformance.uffd import ANSWER, Userfaultfd
 from anykvm.host import libc
-from machine import CODE, DATA, Machine
-from private_guest import SIZE, private_guest
+from anykvm.testing.machine import CODE, DATA, Machine
+from anykvm.testing.private import SIZE, private_guest
 
 PAGE = 4096
 HIGH = 0x800000
@@ -223,7 +223,9 @@ def test_a_guest_memfd_that_is_missing(alarms: list[int]) -> None:
     """A signal while the look-up of a private page sleeps is EINTR, not a failed look-up."""
     with private_guest() as guest:
         maps = [
-            line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:guest_memfd " in line
+            line.split()
+            for line in Path("/proc/self/maps").read_text().splitlines()
+            if "memfd:guest_memfd " in line and line.split()[4] == str(os.fstat(guest.gmem).st_ino)
         ]
         address = int(maps[-1][0].split("-")[0], 16)
         faults = Userfaultfd(Host(address, SIZE))

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,7 +21,7 @@ from vmm_helpers import FOREVER
 
 
 @pytest.fixture
-def vcpu(backend: Backend):
+def vcpu(backend: Backend) -> Iterator[Vcpu]:
     with anykvm.open(backend) as kvm, kvm.create_vm() as vm, GuestMemory(0x10000) as memory:
         memory[0x1000:0x1002] = FOREVER
         memory[0x2000] = 0xF4
@@ -51,7 +52,9 @@ def state() -> tuple[object, object, object]:
         (signal.SIGALRM, TimeLimit),
     ],
 )
-def test_a_signal_that_comes_before_kvm_run_is_not_lost(vcpu: Vcpu, number: signal.Signals, error: type[BaseException]):
+def test_a_signal_that_comes_before_kvm_run_is_not_lost(
+    vcpu: Vcpu, number: signal.Signals, error: type[BaseException]
+) -> None:
     before = state()
     with pytest.raises(error), watched(vcpu, 60):
         os.kill(os.getpid(), number)  # blocked here: pending when KVM_RUN begins
@@ -60,7 +63,7 @@ def test_a_signal_that_comes_before_kvm_run_is_not_lost(vcpu: Vcpu, number: sign
     assert not signal.sigpending()
 
 
-def test_a_time_limit_ends_a_guest_and_is_gone_afterwards(vcpu: Vcpu):
+def test_a_time_limit_ends_a_guest_and_is_gone_afterwards(vcpu: Vcpu) -> None:
     before = state()
     start = time.monotonic()
     with pytest.raises(TimeLimit), watched(vcpu, 0.1):
@@ -69,7 +72,7 @@ def test_a_time_limit_ends_a_guest_and_is_gone_afterwards(vcpu: Vcpu):
     assert state() == before
 
 
-def test_a_limit_that_is_not_reached_leaves_nothing(vcpu: Vcpu):
+def test_a_limit_that_is_not_reached_leaves_nothing(vcpu: Vcpu) -> None:
     before = state()
     real_mode(vcpu, 0x2000)
     with watched(vcpu, 60):
@@ -78,7 +81,7 @@ def test_a_limit_that_is_not_reached_leaves_nothing(vcpu: Vcpu):
     assert state() == before
 
 
-def test_an_alarm_of_someone_else_is_left_alone(vcpu: Vcpu):
+def test_an_alarm_of_someone_else_is_left_alone(vcpu: Vcpu) -> None:
     real_mode(vcpu, 0x2000)
     old = signal.setitimer(signal.ITIMER_REAL, 50)
     try:
@@ -92,14 +95,14 @@ def test_an_alarm_of_someone_else_is_left_alone(vcpu: Vcpu):
         signal.setitimer(signal.ITIMER_REAL, *old)
 
 
-def test_an_error_wins_over_a_signal(vcpu: Vcpu):
+def test_an_error_wins_over_a_signal(vcpu: Vcpu) -> None:
     with pytest.raises(ZeroDivisionError), watched(vcpu):
         os.kill(os.getpid(), signal.SIGTERM)
         raise ZeroDivisionError
     assert not signal.sigpending()
 
 
-def test_an_ignored_signal_is_not_held(vcpu: Vcpu):
+def test_an_ignored_signal_is_not_held(vcpu: Vcpu) -> None:
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     real_mode(vcpu, 0x2000)
     try:
@@ -115,7 +118,7 @@ ENDING = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 
 
 @ENDING
-def test_a_signal_that_ends_is_an_exception_once(number: signal.Signals):
+def test_a_signal_that_ends_is_an_exception_once(number: signal.Signals) -> None:
     before = [signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGHUP)]
     cleaned_up = False
     with pytest.raises(Terminated) as info, orderly():
@@ -130,7 +133,7 @@ def test_a_signal_that_ends_is_an_exception_once(number: signal.Signals):
 
 
 @ENDING
-def test_an_ignored_signal_stays_ignored(number: signal.Signals):
+def test_an_ignored_signal_stays_ignored(number: signal.Signals) -> None:
     old = signal.signal(number, signal.SIG_IGN)
     try:
         with orderly():
@@ -142,7 +145,7 @@ def test_an_ignored_signal_stays_ignored(number: signal.Signals):
 
 
 @ENDING
-def test_a_forked_process_ends_as_before(number: signal.Signals):
+def test_a_forked_process_ends_as_before(number: signal.Signals) -> None:
     with orderly():
         child = os.fork()
         if child == 0:
@@ -153,7 +156,7 @@ def test_a_forked_process_ends_as_before(number: signal.Signals):
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
 
 
-def test_in_another_thread_signals_are_left_alone():
+def test_in_another_thread_signals_are_left_alone() -> None:
     found = []
 
     def body() -> None:
@@ -166,7 +169,7 @@ def test_in_another_thread_signals_are_left_alone():
     assert found == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_other_threads_are_left_alone(vcpu: Vcpu):
+def test_other_threads_are_left_alone(vcpu: Vcpu) -> None:
     found: list[object] = []
 
     def body() -> None:
@@ -184,14 +187,14 @@ def test_other_threads_are_left_alone(vcpu: Vcpu):
     assert found == [set(), "a time limit needs the main thread"]
 
 
-def test_intr_of_immediate_exit_is_not_a_signal(vcpu: Vcpu):
+def test_intr_of_immediate_exit_is_not_a_signal(vcpu: Vcpu) -> None:
     vcpu.immediate_exit = True
     with watched(vcpu):
         assert isinstance(vcpu.run(), Intr)
         raise_pending()
 
 
-def test_every_end_has_a_line_of_its_own():
+def test_every_end_has_a_line_of_its_own() -> None:
     assert describe(MemoryFault(0x1000, 4096, MemoryFault.PRIVATE, 133)).endswith("flags=private errno=EHWPOISON")
     code = int.from_bytes(b"\x02\x0f\x0b".ljust(8, b"\0"), "little")
     assert describe(InternalError(1, (1, code, 0))).endswith("instruction=0f0b")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,16 +27,20 @@ def has_guards() -> bool:
     return True
 
 
+MakeLazy = Callable[[int], LazyMemory]
+MakeSource = Callable[[bytes], int]
+
+
 @pytest.fixture(params=[True, False], ids=["guards", "protection"])
-def lazy(request: pytest.FixtureRequest) -> Callable[[int], LazyMemory]:
+def lazy(request: pytest.FixtureRequest) -> MakeLazy:
     if request.param and not has_guards():
         pytest.skip("this kernel has no guard regions (Linux 6.13)")
     return lambda size: LazyMemory(size, guards=request.param)
 
 
 @pytest.fixture
-def source(tmp_path: Path):
-    files = []
+def source(tmp_path: Path) -> Iterator[MakeSource]:
+    files: list[int] = []
 
     def make(data: bytes) -> int:
         path = tmp_path / f"source{len(files)}"
@@ -57,7 +61,7 @@ def content(pages: int, tail: int = 0) -> bytes:
     return b"".join(bytes((index % 251 + 1,)) * PAGE for index in range(pages)) + b"\xaa" * tail
 
 
-def test_lazy_memory_is_absent_until_admitted(lazy):
+def test_lazy_memory_is_absent_until_admitted(lazy: MakeLazy) -> None:
     with lazy(4 * PAGE) as memory:
         assert all(memory.absent(page * PAGE) for page in range(4))
         memory.admit(PAGE, 2 * PAGE)
@@ -71,12 +75,12 @@ def test_lazy_memory_is_absent_until_admitted(lazy):
             memory.absent(4 * PAGE)
 
 
-def test_it_uses_guards_where_there_are_any():
+def test_it_uses_guards_where_there_are_any() -> None:
     with LazyMemory(PAGE) as memory:
         assert memory.guards == has_guards()
 
 
-def test_brings_the_page_and_no_other(lazy, source):
+def test_brings_the_page_and_no_other(lazy: MakeLazy, source: MakeSource) -> None:
     data = content(3)
     with lazy(3 * PAGE) as memory:
         resolver = FileResolver(source(data), len(data), memory, GPA)
@@ -86,7 +90,7 @@ def test_brings_the_page_and_no_other(lazy, source):
         assert (resolver.present, resolver.pages) == (1, 3)
 
 
-def test_last_page_is_padded_with_zeros(lazy, source):
+def test_last_page_is_padded_with_zeros(lazy: MakeLazy, source: MakeSource) -> None:
     data = content(1, tail=5)
     with lazy(2 * PAGE) as memory:
         resolver = FileResolver(source(data), len(data), memory, GPA)
@@ -94,7 +98,7 @@ def test_last_page_is_padded_with_zeros(lazy, source):
         assert memory[PAGE : 2 * PAGE] == b"\xaa" * 5 + bytes(PAGE - 5)
 
 
-def test_prefetch_stops_at_a_page_that_is_there_and_at_the_end(lazy, source):
+def test_prefetch_stops_at_a_page_that_is_there_and_at_the_end(lazy: MakeLazy, source: MakeSource) -> None:
     data = content(6)
     with lazy(6 * PAGE) as memory:
         resolver = FileResolver(source(data), len(data), memory, GPA, prefetch=3)
@@ -115,7 +119,7 @@ def test_prefetch_stops_at_a_page_that_is_there_and_at_the_end(lazy, source):
 @settings(max_examples=60, deadline=None)
 def test_any_order_and_prefetch_give_the_file(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], prefetch: int, tail: int, guards: bool
-):
+) -> None:
     data = content(40, tail)
     path = tmp_path_factory.getbasetemp() / "any-order"
     path.write_bytes(data)
@@ -130,7 +134,7 @@ def test_any_order_and_prefetch_give_the_file(
                 assert memory[page * PAGE : (page + 1) * PAGE] == expected
 
 
-def test_the_same_fault_again_is_a_race_at_first_and_then_an_error(lazy, source):
+def test_the_same_fault_again_is_a_race_at_first_and_then_an_error(lazy: MakeLazy, source: MakeSource) -> None:
     data = content(2)
     with lazy(2 * PAGE) as memory:
         resolver = FileResolver(source(data), len(data), memory, GPA)
@@ -143,7 +147,7 @@ def test_the_same_fault_again_is_a_race_at_first_and_then_an_error(lazy, source)
 
 
 @pytest.mark.parametrize("bad", [fault(2), fault(-1), fault(1 << 30), fault(0, MemoryFault.PRIVATE)])
-def test_what_is_not_about_the_file_is_not_resolved(lazy, source, bad: MemoryFault):
+def test_what_is_not_about_the_file_is_not_resolved(lazy: MakeLazy, source: MakeSource, bad: MemoryFault) -> None:
     data = content(2)
     with lazy(2 * PAGE) as memory:
         resolver = FileResolver(source(data), len(data), memory, GPA)
@@ -152,7 +156,7 @@ def test_what_is_not_about_the_file_is_not_resolved(lazy, source, bad: MemoryFau
         assert resolver.present == 0
 
 
-def test_poison_is_not_resolved(lazy, source):
+def test_poison_is_not_resolved(lazy: MakeLazy, source: MakeSource) -> None:
     data = content(1)
     with lazy(PAGE) as memory:
         resolver = FileResolver(source(data), len(data), memory, GPA)
@@ -160,7 +164,7 @@ def test_poison_is_not_resolved(lazy, source):
             resolver.resolve(fault(0, code=133))
 
 
-def test_a_file_that_became_shorter_is_an_error(lazy, source):
+def test_a_file_that_became_shorter_is_an_error(lazy: MakeLazy, source: MakeSource) -> None:
     data = content(3)
     fd = source(data)
     with lazy(3 * PAGE) as memory:
@@ -173,7 +177,7 @@ def test_a_file_that_became_shorter_is_an_error(lazy, source):
         assert memory[2 * PAGE : 3 * PAGE] == data[2 * PAGE :]  # a page that is there stays
 
 
-def test_a_file_that_cannot_be_read_is_an_error(lazy, tmp_path: Path):
+def test_a_file_that_cannot_be_read_is_an_error(lazy: MakeLazy, tmp_path: Path) -> None:
     with lazy(PAGE) as memory:
         fd = os.open(tmp_path, os.O_RDONLY)
         try:
@@ -183,7 +187,7 @@ def test_a_file_that_cannot_be_read_is_an_error(lazy, tmp_path: Path):
             os.close(fd)
 
 
-def test_protection_alone_stays_within_the_number_of_mappings():
+def test_protection_alone_stays_within_the_number_of_mappings() -> None:
     pages = 70_000
     with LazyMemory(pages * PAGE, guards=False) as memory, open("/dev/zero", "rb") as zero:
         resolver = FileResolver(zero.fileno(), pages * PAGE, memory, GPA)

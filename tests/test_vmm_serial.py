@@ -37,20 +37,20 @@ def sink() -> bytearray:
     return bytearray()
 
 
-def test_both_ports_reach_the_sink_in_order(sink: bytearray):
+def test_both_ports_reach_the_sink_in_order(sink: bytearray) -> None:
     console = Console(sink.extend)
     assert all(console.handle(exit) for exit in (out(0xE9, b"a"), out(0x3F8, b"b"), out(0xE9, b"cd"), out(0x3F8, b"e")))
     assert sink == b"abcde"
 
 
-def test_other_ports_are_not_the_consoles(sink: bytearray):
+def test_other_ports_are_not_the_consoles(sink: bytearray) -> None:
     console = Console(sink.extend)
     for port in (0x3F7, 0x400, 0xE8, 0x80):
         assert not console.handle(out(port, b"x"))
     assert not sink
 
 
-def test_divisor_is_not_output(sink: bytearray):
+def test_divisor_is_not_output(sink: bytearray) -> None:
     console = Console(sink.extend)
     for port, value in ((0x3FB, b"\x83"), (0x3F8, b"\x01"), (0x3F9, b"\x02")):
         console.handle(out(port, value))
@@ -60,7 +60,7 @@ def test_divisor_is_not_output(sink: bytearray):
     assert sink == b"!" and read(console, 0x3FB) == b"\x03"
 
 
-def test_polling_finds_it_ready_and_without_input(sink: bytearray):
+def test_polling_finds_it_ready_and_without_input(sink: bytearray) -> None:
     console = Console(sink.extend)
     assert read(console, 0x3FD) == b"\x60"
     assert read(console, 0x3FA) == b"\x01"
@@ -68,13 +68,13 @@ def test_polling_finds_it_ready_and_without_input(sink: bytearray):
     assert read(console, 0xE9) == b"\xe9"
 
 
-def test_scratch_register_is_kept(sink: bytearray):
+def test_scratch_register_is_kept(sink: bytearray) -> None:
     console = Console(sink.extend)
     console.handle(out(0x3FF, b"\x5a"))
     assert read(console, 0x3FF) == b"\x5a"
 
 
-def test_wide_access_reaches_ports_in_a_row(sink: bytearray):
+def test_wide_access_reaches_ports_in_a_row(sink: bytearray) -> None:
     console = Console(sink.extend)
     console.handle(out(0x3F8, b"A\x00B\x00", size=2))  # twice: THR, IER
     assert sink == b"AB"
@@ -82,7 +82,7 @@ def test_wide_access_reaches_ports_in_a_row(sink: bytearray):
     assert read(console, 0xE9, size=2) == b"\xe9\xff"
 
 
-def test_a_guest_that_polls_prints(backend: Backend, sink: bytearray):
+def test_a_guest_that_polls_prints(backend: Backend, sink: bytearray) -> None:
     # mov si,msg; cld; next: lodsb; test al,al; jz end; mov ah,al; mov dx,0x3fd; wait: in al,dx; test al,0x20; jz wait;
     # mov dx,0x3f8; mov al,ah; out dx,al; jmp next; end: mov dx,0xe9; mov si,msg; mov cx,5; rep outsb; hlt; msg
     code = bytes.fromhex("be277c fc ac 84c0 7412 88c4 bafd03 ec a820 74fb baf803 88e0 ee ebe9")

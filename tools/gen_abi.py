@@ -69,8 +69,10 @@ class StructureWriter:
         self.names.add(name)
         members = [(self.member(name, index, field), field) for index, field in enumerate(fields)]
         members = [(member, field) for member, field in members if member[0]]
-        base = "ctypes.Union" if kind == "union" else "ctypes.Structure"
+        base = "Union" if kind == "union" else "Structure"
         self.lines += ["", "", f"class {name}({base}):", f'    """{comment}, {size} bytes."""', ""]
+        # A class that does not say this has a __dict__ again, and takes any name.
+        self.lines.append("    __slots__ = ()")
         anonymous = [member for (member, _, _), field in members if not field["name"]]
         if anonymous:
             quoted = ", ".join(f'"{member}"' for member in anonymous)
@@ -175,6 +177,8 @@ def structures_module(abi: dict[str, Any]) -> str:
         "import ctypes",
         "from typing import Final",
         "",
+        "from anykvm.abi.layout import Structure, Union",
+        "",
         "U8 = ctypes.c_uint8",
         "U16 = ctypes.c_uint16",
         "U32 = ctypes.c_uint32",
@@ -185,7 +189,7 @@ def structures_module(abi: dict[str, Any]) -> str:
         *writer.lines,
         "",
         "",
-        "STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {",
+        "STRUCTURES: Final[dict[str, type[Structure]]] = {",
         *[f'    "{name}": {name},' for name in sorted(structs)],
         "}",
     ]

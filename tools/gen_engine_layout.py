@@ -65,6 +65,7 @@ FIELDS: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
     "TCGContext": (
         "TCGContext",
         [
+            ("nb_temps", "nb_temps", "int %s"),
             ("tb_cflags", "tb_cflags", "uint32_t %s"),
             ("code_gen_buffer", "code_gen_buffer", "char *%s"),
             ("code_gen_buffer_size", "code_gen_buffer_size", "size_t %s"),
@@ -88,6 +89,7 @@ FIELDS: dict[str, tuple[str, list[tuple[str, str, str]]]] = {
             ("pc_first", "pc_first", "uint64_t %s"),
             ("pc_next", "pc_next", "uint64_t %s"),
             ("num_insns", "num_insns", "int %s"),
+            ("max_insns", "max_insns", "int %s"),
         ],
     ),
     "TranslatorOps": (
@@ -182,6 +184,7 @@ NUMBERS = [
     ("FLOAT_STATUS_FTZ", "offsetof(float_status, flush_to_zero)"),
     ("FLOAT_STATUS_DAZ", "offsetof(float_status, flush_inputs_to_zero)"),
     ("TLB_ENTRY_BITS", "CPU_TLB_ENTRY_BITS"),
+    ("MAX_TEMPS", "TCG_MAX_TEMPS"),
 ]
 
 

@@ -58,7 +58,7 @@ int ioctl(int fd, unsigned long request, ...)
     case 0xae01: return dup(0);
     case 0xae41: {
         int vcpu = memfd_create("vcpu", 0);
-        return ftruncate(vcpu, 12288) ? -1 : vcpu;
+        return ftruncate(vcpu, atoi(getenv("VCPU_BYTES") ?: "12288")) ? -1 : vcpu;
     }
     default: return 0;
     }

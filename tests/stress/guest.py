@@ -9,7 +9,7 @@ and purged number, read before the access.
 
 from __future__ import annotations
 
-from machine import assemble
+from anykvm.testing.assembler import assemble
 from stress import board as b
 
 PORT_WRONG = 0x21

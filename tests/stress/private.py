@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from anykvm import abi
 from anykvm.abi import KVM_MEM_GUEST_MEMFD
 from anykvm.backends.soft.guest_memfd import fail_page
-from machine import PML4
+from anykvm.testing.machine import PML4
 from stress import board as b
 from stress.area import SIZE, STRIDE, Area, Change, anonymous, gpa_of
 from stress.host_areas import ACCESSES

@@ -16,7 +16,7 @@ from typing import Final
 import anykvm
 from anykvm import DirtyRing, Kvm, Vm, abi
 from anykvm.backends.soft import SoftBackend
-from machine import CODE, Machine
+from anykvm.testing.machine import CODE, Machine
 from stress import audit
 from stress import board as b
 from stress.area import Area

@@ -24,6 +24,10 @@ _NOT_REASONS: Final = frozenset(
 )
 
 
+# Of numbers with two names in C the one that the kernel's sources use; and one that Python does not know.
+_KERNEL_ERRNOS: Final = {0: "0", 11: "EAGAIN", 35: "EDEADLK", 95: "EOPNOTSUPP", 133: "EHWPOISON"}
+
+
 def _values(module: object, prefix: str) -> dict[str, int]:
     return {name: value for name, value in vars(module).items() if name.startswith(prefix)}
 
@@ -105,12 +109,12 @@ def cap_name(capability: int) -> str:
 
 
 def errno_name(errno: int) -> str:
-    """Name an errno; an unknown one gives its number.
+    """Name an errno as the kernel does, ``0`` for none; an unknown one gives its number.
 
-    >>> errno_name(14), errno_name(133)
-    ('EFAULT', 'EHWPOISON')
+    >>> errno_name(0), errno_name(14), errno_name(95), errno_name(133), errno_name(999)
+    ('0', 'EFAULT', 'EOPNOTSUPP', 'EHWPOISON', 'errno 999')
     """
-    return _errno.errorcode.get(errno) or {133: "EHWPOISON"}.get(errno) or f"errno {errno}"
+    return _KERNEL_ERRNOS.get(errno) or _errno.errorcode.get(errno) or f"errno {errno}"
 
 
 def ioctl_error(errno: int, request: int, detail: str = "") -> OSError:

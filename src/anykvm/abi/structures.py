@@ -8,6 +8,8 @@ Addresses are plain integers; flexible arrays have length zero: allocate room be
 import ctypes
 from typing import Final
 
+from anykvm.abi.layout import Structure, Union
+
 U8 = ctypes.c_uint8
 U16 = ctypes.c_uint16
 U32 = ctypes.c_uint32
@@ -17,9 +19,10 @@ S32 = ctypes.c_int32
 S64 = ctypes.c_int64
 
 
-class kvm_arm_device_addr(ctypes.Structure):
+class kvm_arm_device_addr(Structure):
     """``struct kvm_arm_device_addr``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("id", U64),
         ("addr", U64),
@@ -28,9 +31,10 @@ class kvm_arm_device_addr(ctypes.Structure):
     addr: int
 
 
-class kvm_clear_dirty_log_anon3(ctypes.Union):
+class kvm_clear_dirty_log_anon3(Union):
     """Unnamed union in ``kvm_clear_dirty_log``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("dirty_bitmap", U64),
         ("padding2", U64),
@@ -39,9 +43,10 @@ class kvm_clear_dirty_log_anon3(ctypes.Union):
     padding2: int
 
 
-class kvm_clear_dirty_log(ctypes.Structure):
+class kvm_clear_dirty_log(Structure):
     """``struct kvm_clear_dirty_log``, 24 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon3",)
     _fields_ = [
         ("slot", U32),
@@ -57,9 +62,10 @@ class kvm_clear_dirty_log(ctypes.Structure):
     padding2: int
 
 
-class kvm_clock_data(ctypes.Structure):
+class kvm_clock_data(Structure):
     """``struct kvm_clock_data``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("clock", U64),
         ("flags", U32),
@@ -76,9 +82,10 @@ class kvm_clock_data(ctypes.Structure):
     pad: ctypes.Array[U32]
 
 
-class kvm_clock_pairing(ctypes.Structure):
+class kvm_clock_pairing(Structure):
     """``struct kvm_clock_pairing``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("sec", S64),
         ("nsec", S64),
@@ -93,9 +100,10 @@ class kvm_clock_pairing(ctypes.Structure):
     pad: ctypes.Array[U32]
 
 
-class kvm_coalesced_mmio_anon2(ctypes.Union):
+class kvm_coalesced_mmio_anon2(Union):
     """Unnamed union in ``kvm_coalesced_mmio``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("pad", U32),
         ("pio", U32),
@@ -104,9 +112,10 @@ class kvm_coalesced_mmio_anon2(ctypes.Union):
     pio: int
 
 
-class kvm_coalesced_mmio(ctypes.Structure):
+class kvm_coalesced_mmio(Structure):
     """``struct kvm_coalesced_mmio``, 24 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon2",)
     _fields_ = [
         ("phys_addr", U64),
@@ -122,18 +131,20 @@ class kvm_coalesced_mmio(ctypes.Structure):
     data: ctypes.Array[U8]
 
 
-class kvm_coalesced_mmio_ring_anon2(ctypes.Structure):
+class kvm_coalesced_mmio_ring_anon2(Structure):
     """Unnamed struct in ``kvm_coalesced_mmio_ring``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("coalesced_mmio", kvm_coalesced_mmio * 0),
     ]
     coalesced_mmio: ctypes.Array[kvm_coalesced_mmio]
 
 
-class kvm_coalesced_mmio_ring(ctypes.Structure):
+class kvm_coalesced_mmio_ring(Structure):
     """``struct kvm_coalesced_mmio_ring``, 8 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon2",)
     _fields_ = [
         ("first", U32),
@@ -146,9 +157,10 @@ class kvm_coalesced_mmio_ring(ctypes.Structure):
     coalesced_mmio: ctypes.Array[kvm_coalesced_mmio]
 
 
-class kvm_coalesced_mmio_zone_anon2(ctypes.Union):
+class kvm_coalesced_mmio_zone_anon2(Union):
     """Unnamed union in ``kvm_coalesced_mmio_zone``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("pad", U32),
         ("pio", U32),
@@ -157,9 +169,10 @@ class kvm_coalesced_mmio_zone_anon2(ctypes.Union):
     pio: int
 
 
-class kvm_coalesced_mmio_zone(ctypes.Structure):
+class kvm_coalesced_mmio_zone(Structure):
     """``struct kvm_coalesced_mmio_zone``, 16 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon2",)
     _fields_ = [
         ("addr", U64),
@@ -173,9 +186,10 @@ class kvm_coalesced_mmio_zone(ctypes.Structure):
     pio: int
 
 
-class kvm_config_tlb(ctypes.Structure):
+class kvm_config_tlb(Structure):
     """``struct kvm_config_tlb``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("params", U64),
         ("array", U64),
@@ -188,9 +202,10 @@ class kvm_config_tlb(ctypes.Structure):
     array_len: int
 
 
-class kvm_cpuid_entry(ctypes.Structure):
+class kvm_cpuid_entry(Structure):
     """``struct kvm_cpuid_entry``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("function", U32),
         ("eax", U32),
@@ -207,18 +222,20 @@ class kvm_cpuid_entry(ctypes.Structure):
     padding: int
 
 
-class kvm_cpuid_anon2(ctypes.Structure):
+class kvm_cpuid_anon2(Structure):
     """Unnamed struct in ``kvm_cpuid``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("entries", kvm_cpuid_entry * 0),
     ]
     entries: ctypes.Array[kvm_cpuid_entry]
 
 
-class kvm_cpuid(ctypes.Structure):
+class kvm_cpuid(Structure):
     """``struct kvm_cpuid``, 8 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon2",)
     _fields_ = [
         ("nent", U32),
@@ -231,9 +248,10 @@ class kvm_cpuid(ctypes.Structure):
     entries: ctypes.Array[kvm_cpuid_entry]
 
 
-class kvm_cpuid_entry2(ctypes.Structure):
+class kvm_cpuid_entry2(Structure):
     """``struct kvm_cpuid_entry2``, 40 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("function", U32),
         ("index", U32),
@@ -254,18 +272,20 @@ class kvm_cpuid_entry2(ctypes.Structure):
     padding: ctypes.Array[U32]
 
 
-class kvm_cpuid2_anon2(ctypes.Structure):
+class kvm_cpuid2_anon2(Structure):
     """Unnamed struct in ``kvm_cpuid2``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("entries", kvm_cpuid_entry2 * 0),
     ]
     entries: ctypes.Array[kvm_cpuid_entry2]
 
 
-class kvm_cpuid2(ctypes.Structure):
+class kvm_cpuid2(Structure):
     """``struct kvm_cpuid2``, 8 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon2",)
     _fields_ = [
         ("nent", U32),
@@ -278,9 +298,10 @@ class kvm_cpuid2(ctypes.Structure):
     entries: ctypes.Array[kvm_cpuid_entry2]
 
 
-class kvm_create_device(ctypes.Structure):
+class kvm_create_device(Structure):
     """``struct kvm_create_device``, 12 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("type", U32),
         ("fd", U32),
@@ -291,9 +312,10 @@ class kvm_create_device(ctypes.Structure):
     flags: int
 
 
-class kvm_create_guest_memfd(ctypes.Structure):
+class kvm_create_guest_memfd(Structure):
     """``struct kvm_create_guest_memfd``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("size", U64),
         ("flags", U64),
@@ -304,9 +326,10 @@ class kvm_create_guest_memfd(ctypes.Structure):
     reserved: ctypes.Array[U64]
 
 
-class kvm_debug_exit_arch(ctypes.Structure):
+class kvm_debug_exit_arch(Structure):
     """``struct kvm_debug_exit_arch``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("exception", U32),
         ("pad", U32),
@@ -321,9 +344,10 @@ class kvm_debug_exit_arch(ctypes.Structure):
     dr7: int
 
 
-class kvm_debugregs(ctypes.Structure):
+class kvm_debugregs(Structure):
     """``struct kvm_debugregs``, 128 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("db", U64 * 4),
         ("dr6", U64),
@@ -338,9 +362,10 @@ class kvm_debugregs(ctypes.Structure):
     reserved: ctypes.Array[U64]
 
 
-class kvm_device_attr(ctypes.Structure):
+class kvm_device_attr(Structure):
     """``struct kvm_device_attr``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U32),
         ("group", U32),
@@ -353,9 +378,10 @@ class kvm_device_attr(ctypes.Structure):
     addr: int
 
 
-class kvm_dirty_gfn(ctypes.Structure):
+class kvm_dirty_gfn(Structure):
     """``struct kvm_dirty_gfn``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U32),
         ("slot", U32),
@@ -366,9 +392,10 @@ class kvm_dirty_gfn(ctypes.Structure):
     offset: int
 
 
-class kvm_dirty_log_anon2(ctypes.Union):
+class kvm_dirty_log_anon2(Union):
     """Unnamed union in ``kvm_dirty_log``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("dirty_bitmap", U64),
         ("padding2", U64),
@@ -377,9 +404,10 @@ class kvm_dirty_log_anon2(ctypes.Union):
     padding2: int
 
 
-class kvm_dirty_log(ctypes.Structure):
+class kvm_dirty_log(Structure):
     """``struct kvm_dirty_log``, 16 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon2",)
     _fields_ = [
         ("slot", U32),
@@ -393,9 +421,10 @@ class kvm_dirty_log(ctypes.Structure):
     padding2: int
 
 
-class kvm_dirty_tlb(ctypes.Structure):
+class kvm_dirty_tlb(Structure):
     """``struct kvm_dirty_tlb``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("bitmap", U64),
         ("num_dirty", U32),
@@ -404,9 +433,10 @@ class kvm_dirty_tlb(ctypes.Structure):
     num_dirty: int
 
 
-class kvm_dtable(ctypes.Structure):
+class kvm_dtable(Structure):
     """``struct kvm_dtable``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("base", U64),
         ("limit", U16),
@@ -417,9 +447,10 @@ class kvm_dtable(ctypes.Structure):
     padding: ctypes.Array[U16]
 
 
-class kvm_enable_cap(ctypes.Structure):
+class kvm_enable_cap(Structure):
     """``struct kvm_enable_cap``, 104 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("cap", U32),
         ("flags", U32),
@@ -432,9 +463,10 @@ class kvm_enable_cap(ctypes.Structure):
     pad: ctypes.Array[U8]
 
 
-class kvm_enc_region(ctypes.Structure):
+class kvm_enc_region(Structure):
     """``struct kvm_enc_region``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("addr", U64),
         ("size", U64),
@@ -443,9 +475,10 @@ class kvm_enc_region(ctypes.Structure):
     size: int
 
 
-class kvm_exit_snp_req_certs(ctypes.Structure):
+class kvm_exit_snp_req_certs(Structure):
     """``struct kvm_exit_snp_req_certs``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("gpa", U64),
         ("npages", U64),
@@ -456,9 +489,10 @@ class kvm_exit_snp_req_certs(ctypes.Structure):
     ret: int
 
 
-class kvm_fpu(ctypes.Structure):
+class kvm_fpu(Structure):
     """``struct kvm_fpu``, 416 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("fpr", (U8 * 16) * 8),
         ("fcw", U16),
@@ -485,18 +519,20 @@ class kvm_fpu(ctypes.Structure):
     pad2: int
 
 
-class kvm_guest_debug_arch(ctypes.Structure):
+class kvm_guest_debug_arch(Structure):
     """``struct kvm_guest_debug_arch``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("debugreg", U64 * 8),
     ]
     debugreg: ctypes.Array[U64]
 
 
-class kvm_guest_debug(ctypes.Structure):
+class kvm_guest_debug(Structure):
     """``struct kvm_guest_debug``, 72 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("control", U32),
         ("pad", U32),
@@ -507,9 +543,10 @@ class kvm_guest_debug(ctypes.Structure):
     arch: kvm_guest_debug_arch
 
 
-class kvm_hyperv_eventfd(ctypes.Structure):
+class kvm_hyperv_eventfd(Structure):
     """``struct kvm_hyperv_eventfd``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("conn_id", U32),
         ("fd", S32),
@@ -522,9 +559,10 @@ class kvm_hyperv_eventfd(ctypes.Structure):
     padding: ctypes.Array[U32]
 
 
-class kvm_hyperv_exit_u_synic(ctypes.Structure):
+class kvm_hyperv_exit_u_synic(Structure):
     """Member ``synic`` of ``kvm_hyperv_exit_u``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("msr", U32),
         ("pad2", U32),
@@ -539,9 +577,10 @@ class kvm_hyperv_exit_u_synic(ctypes.Structure):
     msg_page: int
 
 
-class kvm_hyperv_exit_u_hcall(ctypes.Structure):
+class kvm_hyperv_exit_u_hcall(Structure):
     """Member ``hcall`` of ``kvm_hyperv_exit_u``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("input", U64),
         ("result", U64),
@@ -552,9 +591,10 @@ class kvm_hyperv_exit_u_hcall(ctypes.Structure):
     params: ctypes.Array[U64]
 
 
-class kvm_hyperv_exit_u_syndbg(ctypes.Structure):
+class kvm_hyperv_exit_u_syndbg(Structure):
     """Member ``syndbg`` of ``kvm_hyperv_exit_u``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("msr", U32),
         ("pad2", U32),
@@ -573,9 +613,10 @@ class kvm_hyperv_exit_u_syndbg(ctypes.Structure):
     pending_page: int
 
 
-class kvm_hyperv_exit_u(ctypes.Union):
+class kvm_hyperv_exit_u(Union):
     """Member ``u`` of ``kvm_hyperv_exit``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("synic", kvm_hyperv_exit_u_synic),
         ("hcall", kvm_hyperv_exit_u_hcall),
@@ -586,9 +627,10 @@ class kvm_hyperv_exit_u(ctypes.Union):
     syndbg: kvm_hyperv_exit_u_syndbg
 
 
-class kvm_hyperv_exit(ctypes.Structure):
+class kvm_hyperv_exit(Structure):
     """``struct kvm_hyperv_exit``, 56 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("type", U32),
         ("pad1", U32),
@@ -599,18 +641,20 @@ class kvm_hyperv_exit(ctypes.Structure):
     u: kvm_hyperv_exit_u
 
 
-class kvm_interrupt(ctypes.Structure):
+class kvm_interrupt(Structure):
     """``struct kvm_interrupt``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("irq", U32),
     ]
     irq: int
 
 
-class kvm_ioapic_state(ctypes.Structure):
+class kvm_ioapic_state(Structure):
     """``struct kvm_ioapic_state``, 216 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("base_address", U64),
         ("ioregsel", U32),
@@ -627,9 +671,10 @@ class kvm_ioapic_state(ctypes.Structure):
     redirtbl: ctypes.Array[U64]
 
 
-class kvm_ioeventfd(ctypes.Structure):
+class kvm_ioeventfd(Structure):
     """``struct kvm_ioeventfd``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("datamatch", U64),
         ("addr", U64),
@@ -646,9 +691,10 @@ class kvm_ioeventfd(ctypes.Structure):
     pad: ctypes.Array[U8]
 
 
-class kvm_irq_level_anon0(ctypes.Union):
+class kvm_irq_level_anon0(Union):
     """Unnamed union in ``kvm_irq_level``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("irq", U32),
         ("status", S32),
@@ -657,9 +703,10 @@ class kvm_irq_level_anon0(ctypes.Union):
     status: int
 
 
-class kvm_irq_level(ctypes.Structure):
+class kvm_irq_level(Structure):
     """``struct kvm_irq_level``, 8 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon0",)
     _fields_ = [
         ("_anon0", kvm_irq_level_anon0),
@@ -671,9 +718,10 @@ class kvm_irq_level(ctypes.Structure):
     level: int
 
 
-class kvm_irq_routing_hv_sint(ctypes.Structure):
+class kvm_irq_routing_hv_sint(Structure):
     """``struct kvm_irq_routing_hv_sint``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("vcpu", U32),
         ("sint", U32),
@@ -682,9 +730,10 @@ class kvm_irq_routing_hv_sint(ctypes.Structure):
     sint: int
 
 
-class kvm_irq_routing_irqchip(ctypes.Structure):
+class kvm_irq_routing_irqchip(Structure):
     """``struct kvm_irq_routing_irqchip``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("irqchip", U32),
         ("pin", U32),
@@ -693,9 +742,10 @@ class kvm_irq_routing_irqchip(ctypes.Structure):
     pin: int
 
 
-class kvm_irq_routing_msi_anon3(ctypes.Union):
+class kvm_irq_routing_msi_anon3(Union):
     """Unnamed union in ``kvm_irq_routing_msi``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("pad", U32),
         ("devid", U32),
@@ -704,9 +754,10 @@ class kvm_irq_routing_msi_anon3(ctypes.Union):
     devid: int
 
 
-class kvm_irq_routing_msi(ctypes.Structure):
+class kvm_irq_routing_msi(Structure):
     """``struct kvm_irq_routing_msi``, 16 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon3",)
     _fields_ = [
         ("address_lo", U32),
@@ -722,9 +773,10 @@ class kvm_irq_routing_msi(ctypes.Structure):
     devid: int
 
 
-class kvm_irq_routing_s390_adapter(ctypes.Structure):
+class kvm_irq_routing_s390_adapter(Structure):
     """``struct kvm_irq_routing_s390_adapter``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("ind_addr", U64),
         ("summary_addr", U64),
@@ -739,9 +791,10 @@ class kvm_irq_routing_s390_adapter(ctypes.Structure):
     adapter_id: int
 
 
-class kvm_irq_routing_xen_evtchn(ctypes.Structure):
+class kvm_irq_routing_xen_evtchn(Structure):
     """``struct kvm_irq_routing_xen_evtchn``, 12 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("port", U32),
         ("vcpu", U32),
@@ -752,9 +805,10 @@ class kvm_irq_routing_xen_evtchn(ctypes.Structure):
     priority: int
 
 
-class kvm_irq_routing_entry_u(ctypes.Union):
+class kvm_irq_routing_entry_u(Union):
     """Member ``u`` of ``kvm_irq_routing_entry``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("irqchip", kvm_irq_routing_irqchip),
         ("msi", kvm_irq_routing_msi),
@@ -771,9 +825,10 @@ class kvm_irq_routing_entry_u(ctypes.Union):
     pad: ctypes.Array[U32]
 
 
-class kvm_irq_routing_entry(ctypes.Structure):
+class kvm_irq_routing_entry(Structure):
     """``struct kvm_irq_routing_entry``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("gsi", U32),
         ("type", U32),
@@ -788,18 +843,20 @@ class kvm_irq_routing_entry(ctypes.Structure):
     u: kvm_irq_routing_entry_u
 
 
-class kvm_irq_routing_anon2(ctypes.Structure):
+class kvm_irq_routing_anon2(Structure):
     """Unnamed struct in ``kvm_irq_routing``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("entries", kvm_irq_routing_entry * 0),
     ]
     entries: ctypes.Array[kvm_irq_routing_entry]
 
 
-class kvm_irq_routing(ctypes.Structure):
+class kvm_irq_routing(Structure):
     """``struct kvm_irq_routing``, 8 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon2",)
     _fields_ = [
         ("nr", U32),
@@ -812,9 +869,10 @@ class kvm_irq_routing(ctypes.Structure):
     entries: ctypes.Array[kvm_irq_routing_entry]
 
 
-class kvm_pic_state(ctypes.Structure):
+class kvm_pic_state(Structure):
     """``struct kvm_pic_state``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("last_irr", U8),
         ("irr", U8),
@@ -851,9 +909,10 @@ class kvm_pic_state(ctypes.Structure):
     elcr_mask: int
 
 
-class kvm_irqchip_chip(ctypes.Union):
+class kvm_irqchip_chip(Union):
     """Member ``chip`` of ``kvm_irqchip``, 512 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("dummy", U8 * 512),
         ("pic", kvm_pic_state),
@@ -864,9 +923,10 @@ class kvm_irqchip_chip(ctypes.Union):
     ioapic: kvm_ioapic_state
 
 
-class kvm_irqchip(ctypes.Structure):
+class kvm_irqchip(Structure):
     """``struct kvm_irqchip``, 520 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("chip_id", U32),
         ("pad", U32),
@@ -877,9 +937,10 @@ class kvm_irqchip(ctypes.Structure):
     chip: kvm_irqchip_chip
 
 
-class kvm_irqfd(ctypes.Structure):
+class kvm_irqfd(Structure):
     """``struct kvm_irqfd``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("fd", U32),
         ("gsi", U32),
@@ -894,18 +955,20 @@ class kvm_irqfd(ctypes.Structure):
     pad: ctypes.Array[U8]
 
 
-class kvm_lapic_state(ctypes.Structure):
+class kvm_lapic_state(Structure):
     """``struct kvm_lapic_state``, 1024 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("regs", U8 * 1024),
     ]
     regs: ctypes.Array[U8]
 
 
-class kvm_memory_attributes(ctypes.Structure):
+class kvm_memory_attributes(Structure):
     """``struct kvm_memory_attributes``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("address", U64),
         ("size", U64),
@@ -918,9 +981,10 @@ class kvm_memory_attributes(ctypes.Structure):
     flags: int
 
 
-class kvm_mmu_op_header(ctypes.Structure):
+class kvm_mmu_op_header(Structure):
     """``struct kvm_mmu_op_header``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("op", U32),
         ("pad", U32),
@@ -929,18 +993,20 @@ class kvm_mmu_op_header(ctypes.Structure):
     pad: int
 
 
-class kvm_mmu_op_flush_tlb(ctypes.Structure):
+class kvm_mmu_op_flush_tlb(Structure):
     """``struct kvm_mmu_op_flush_tlb``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("header", kvm_mmu_op_header),
     ]
     header: kvm_mmu_op_header
 
 
-class kvm_mmu_op_release_pt(ctypes.Structure):
+class kvm_mmu_op_release_pt(Structure):
     """``struct kvm_mmu_op_release_pt``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("header", kvm_mmu_op_header),
         ("pt_phys", U64),
@@ -949,9 +1015,10 @@ class kvm_mmu_op_release_pt(ctypes.Structure):
     pt_phys: int
 
 
-class kvm_mmu_op_write_pte(ctypes.Structure):
+class kvm_mmu_op_write_pte(Structure):
     """``struct kvm_mmu_op_write_pte``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("header", kvm_mmu_op_header),
         ("pte_phys", U64),
@@ -962,18 +1029,20 @@ class kvm_mmu_op_write_pte(ctypes.Structure):
     pte_val: int
 
 
-class kvm_mp_state(ctypes.Structure):
+class kvm_mp_state(Structure):
     """``struct kvm_mp_state``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("mp_state", U32),
     ]
     mp_state: int
 
 
-class kvm_msi(ctypes.Structure):
+class kvm_msi(Structure):
     """``struct kvm_msi``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("address_lo", U32),
         ("address_hi", U32),
@@ -990,9 +1059,10 @@ class kvm_msi(ctypes.Structure):
     pad: ctypes.Array[U8]
 
 
-class kvm_msr_entry(ctypes.Structure):
+class kvm_msr_entry(Structure):
     """``struct kvm_msr_entry``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("index", U32),
         ("reserved", U32),
@@ -1003,9 +1073,10 @@ class kvm_msr_entry(ctypes.Structure):
     data: int
 
 
-class kvm_msr_filter_range(ctypes.Structure):
+class kvm_msr_filter_range(Structure):
     """``struct kvm_msr_filter_range``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U32),
         ("nmsrs", U32),
@@ -1018,9 +1089,10 @@ class kvm_msr_filter_range(ctypes.Structure):
     bitmap: int
 
 
-class kvm_msr_filter(ctypes.Structure):
+class kvm_msr_filter(Structure):
     """``struct kvm_msr_filter``, 392 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U32),
         ("ranges", kvm_msr_filter_range * 16),
@@ -1029,18 +1101,20 @@ class kvm_msr_filter(ctypes.Structure):
     ranges: ctypes.Array[kvm_msr_filter_range]
 
 
-class kvm_msr_list_anon1(ctypes.Structure):
+class kvm_msr_list_anon1(Structure):
     """Unnamed struct in ``kvm_msr_list``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("indices", U32 * 0),
     ]
     indices: ctypes.Array[U32]
 
 
-class kvm_msr_list(ctypes.Structure):
+class kvm_msr_list(Structure):
     """``struct kvm_msr_list``, 4 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon1",)
     _fields_ = [
         ("nmsrs", U32),
@@ -1051,18 +1125,20 @@ class kvm_msr_list(ctypes.Structure):
     indices: ctypes.Array[U32]
 
 
-class kvm_msrs_anon2(ctypes.Structure):
+class kvm_msrs_anon2(Structure):
     """Unnamed struct in ``kvm_msrs``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("entries", kvm_msr_entry * 0),
     ]
     entries: ctypes.Array[kvm_msr_entry]
 
 
-class kvm_msrs(ctypes.Structure):
+class kvm_msrs(Structure):
     """``struct kvm_msrs``, 8 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon2",)
     _fields_ = [
         ("nmsrs", U32),
@@ -1075,18 +1151,20 @@ class kvm_msrs(ctypes.Structure):
     entries: ctypes.Array[kvm_msr_entry]
 
 
-class kvm_svm_nested_state_data(ctypes.Structure):
+class kvm_svm_nested_state_data(Structure):
     """``struct kvm_svm_nested_state_data``, 4096 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("vmcb12", U8 * 4096),
     ]
     vmcb12: ctypes.Array[U8]
 
 
-class kvm_svm_nested_state_hdr(ctypes.Structure):
+class kvm_svm_nested_state_hdr(Structure):
     """``struct kvm_svm_nested_state_hdr``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("vmcb_pa", U64),
         ("gpat", U64),
@@ -1095,9 +1173,10 @@ class kvm_svm_nested_state_hdr(ctypes.Structure):
     gpat: int
 
 
-class kvm_vmx_nested_state_data(ctypes.Structure):
+class kvm_vmx_nested_state_data(Structure):
     """``struct kvm_vmx_nested_state_data``, 8192 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("vmcs12", U8 * 4096),
         ("shadow_vmcs12", U8 * 4096),
@@ -1106,18 +1185,20 @@ class kvm_vmx_nested_state_data(ctypes.Structure):
     shadow_vmcs12: ctypes.Array[U8]
 
 
-class kvm_vmx_nested_state_hdr_smm(ctypes.Structure):
+class kvm_vmx_nested_state_hdr_smm(Structure):
     """Member ``smm`` of ``kvm_vmx_nested_state_hdr``, 2 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U16),
     ]
     flags: int
 
 
-class kvm_vmx_nested_state_hdr(ctypes.Structure):
+class kvm_vmx_nested_state_hdr(Structure):
     """``struct kvm_vmx_nested_state_hdr``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("vmxon_pa", U64),
         ("vmcs12_pa", U64),
@@ -1134,9 +1215,10 @@ class kvm_vmx_nested_state_hdr(ctypes.Structure):
     preemption_timer_deadline: int
 
 
-class kvm_nested_state_hdr(ctypes.Union):
+class kvm_nested_state_hdr(Union):
     """Member ``hdr`` of ``kvm_nested_state``, 120 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("vmx", kvm_vmx_nested_state_hdr),
         ("svm", kvm_svm_nested_state_hdr),
@@ -1147,27 +1229,30 @@ class kvm_nested_state_hdr(ctypes.Union):
     pad: ctypes.Array[U8]
 
 
-class kvm_nested_state_data_anon0(ctypes.Structure):
+class kvm_nested_state_data_anon0(Structure):
     """Unnamed struct in ``kvm_nested_state_data``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("vmx", kvm_vmx_nested_state_data * 0),
     ]
     vmx: ctypes.Array[kvm_vmx_nested_state_data]
 
 
-class kvm_nested_state_data_anon1(ctypes.Structure):
+class kvm_nested_state_data_anon1(Structure):
     """Unnamed struct in ``kvm_nested_state_data``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("svm", kvm_svm_nested_state_data * 0),
     ]
     svm: ctypes.Array[kvm_svm_nested_state_data]
 
 
-class kvm_nested_state_data(ctypes.Union):
+class kvm_nested_state_data(Union):
     """Member ``data`` of ``kvm_nested_state``, 0 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon0", "_anon1")
     _fields_ = [
         ("_anon0", kvm_nested_state_data_anon0),
@@ -1179,9 +1264,10 @@ class kvm_nested_state_data(ctypes.Union):
     svm: ctypes.Array[kvm_svm_nested_state_data]
 
 
-class kvm_nested_state(ctypes.Structure):
+class kvm_nested_state(Structure):
     """``struct kvm_nested_state``, 128 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U16),
         ("format", U16),
@@ -1196,9 +1282,10 @@ class kvm_nested_state(ctypes.Structure):
     data: kvm_nested_state_data
 
 
-class kvm_one_reg(ctypes.Structure):
+class kvm_one_reg(Structure):
     """``struct kvm_one_reg``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("id", U64),
         ("addr", U64),
@@ -1207,9 +1294,10 @@ class kvm_one_reg(ctypes.Structure):
     addr: int
 
 
-class kvm_pit_channel_state(ctypes.Structure):
+class kvm_pit_channel_state(Structure):
     """``struct kvm_pit_channel_state``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("count", U32),
         ("latched_count", U16),
@@ -1240,9 +1328,10 @@ class kvm_pit_channel_state(ctypes.Structure):
     count_load_time: int
 
 
-class kvm_pit_config(ctypes.Structure):
+class kvm_pit_config(Structure):
     """``struct kvm_pit_config``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U32),
         ("pad", U32 * 15),
@@ -1251,18 +1340,20 @@ class kvm_pit_config(ctypes.Structure):
     pad: ctypes.Array[U32]
 
 
-class kvm_pit_state(ctypes.Structure):
+class kvm_pit_state(Structure):
     """``struct kvm_pit_state``, 72 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("channels", kvm_pit_channel_state * 3),
     ]
     channels: ctypes.Array[kvm_pit_channel_state]
 
 
-class kvm_pit_state2(ctypes.Structure):
+class kvm_pit_state2(Structure):
     """``struct kvm_pit_state2``, 112 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("channels", kvm_pit_channel_state * 3),
         ("flags", U32),
@@ -1273,18 +1364,20 @@ class kvm_pit_state2(ctypes.Structure):
     reserved: ctypes.Array[U32]
 
 
-class kvm_pmu_event_filter_anon5(ctypes.Structure):
+class kvm_pmu_event_filter_anon5(Structure):
     """Unnamed struct in ``kvm_pmu_event_filter``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("events", U64 * 0),
     ]
     events: ctypes.Array[U64]
 
 
-class kvm_pmu_event_filter(ctypes.Structure):
+class kvm_pmu_event_filter(Structure):
     """``struct kvm_pmu_event_filter``, 32 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon5",)
     _fields_ = [
         ("action", U32),
@@ -1303,9 +1396,10 @@ class kvm_pmu_event_filter(ctypes.Structure):
     events: ctypes.Array[U64]
 
 
-class kvm_pre_fault_memory(ctypes.Structure):
+class kvm_pre_fault_memory(Structure):
     """``struct kvm_pre_fault_memory``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("gpa", U64),
         ("size", U64),
@@ -1318,18 +1412,20 @@ class kvm_pre_fault_memory(ctypes.Structure):
     padding: ctypes.Array[U64]
 
 
-class kvm_reg_list_anon1(ctypes.Structure):
+class kvm_reg_list_anon1(Structure):
     """Unnamed struct in ``kvm_reg_list``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("reg", U64 * 0),
     ]
     reg: ctypes.Array[U64]
 
 
-class kvm_reg_list(ctypes.Structure):
+class kvm_reg_list(Structure):
     """``struct kvm_reg_list``, 8 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon1",)
     _fields_ = [
         ("n", U64),
@@ -1340,9 +1436,10 @@ class kvm_reg_list(ctypes.Structure):
     reg: ctypes.Array[U64]
 
 
-class kvm_regs(ctypes.Structure):
+class kvm_regs(Structure):
     """``struct kvm_regs``, 144 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("rax", U64),
         ("rbx", U64),
@@ -1383,9 +1480,10 @@ class kvm_regs(ctypes.Structure):
     rflags: int
 
 
-class kvm_reinject_control(ctypes.Structure):
+class kvm_reinject_control(Structure):
     """``struct kvm_reinject_control``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("pit_reinject", U8),
         ("reserved", U8 * 31),
@@ -1394,9 +1492,10 @@ class kvm_reinject_control(ctypes.Structure):
     reserved: ctypes.Array[U8]
 
 
-class kvm_segment(ctypes.Structure):
+class kvm_segment(Structure):
     """``struct kvm_segment``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("base", U64),
         ("limit", U32),
@@ -1427,9 +1526,10 @@ class kvm_segment(ctypes.Structure):
     padding: int
 
 
-class kvm_sregs(ctypes.Structure):
+class kvm_sregs(Structure):
     """``struct kvm_sregs``, 312 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("cs", kvm_segment),
         ("ds", kvm_segment),
@@ -1470,9 +1570,10 @@ class kvm_sregs(ctypes.Structure):
     interrupt_bitmap: ctypes.Array[U64]
 
 
-class kvm_vcpu_events_exception(ctypes.Structure):
+class kvm_vcpu_events_exception(Structure):
     """Member ``exception`` of ``kvm_vcpu_events``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("injected", U8),
         ("nr", U8),
@@ -1487,9 +1588,10 @@ class kvm_vcpu_events_exception(ctypes.Structure):
     error_code: int
 
 
-class kvm_vcpu_events_interrupt(ctypes.Structure):
+class kvm_vcpu_events_interrupt(Structure):
     """Member ``interrupt`` of ``kvm_vcpu_events``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("injected", U8),
         ("nr", U8),
@@ -1502,9 +1604,10 @@ class kvm_vcpu_events_interrupt(ctypes.Structure):
     shadow: int
 
 
-class kvm_vcpu_events_nmi(ctypes.Structure):
+class kvm_vcpu_events_nmi(Structure):
     """Member ``nmi`` of ``kvm_vcpu_events``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("injected", U8),
         ("pending", U8),
@@ -1517,9 +1620,10 @@ class kvm_vcpu_events_nmi(ctypes.Structure):
     pad: int
 
 
-class kvm_vcpu_events_smi(ctypes.Structure):
+class kvm_vcpu_events_smi(Structure):
     """Member ``smi`` of ``kvm_vcpu_events``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("smm", U8),
         ("pending", U8),
@@ -1532,18 +1636,20 @@ class kvm_vcpu_events_smi(ctypes.Structure):
     latched_init: int
 
 
-class kvm_vcpu_events_triple_fault(ctypes.Structure):
+class kvm_vcpu_events_triple_fault(Structure):
     """Member ``triple_fault`` of ``kvm_vcpu_events``, 1 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("pending", U8),
     ]
     pending: int
 
 
-class kvm_vcpu_events(ctypes.Structure):
+class kvm_vcpu_events(Structure):
     """``struct kvm_vcpu_events``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("exception", kvm_vcpu_events_exception),
         ("interrupt", kvm_vcpu_events_interrupt),
@@ -1568,9 +1674,10 @@ class kvm_vcpu_events(ctypes.Structure):
     exception_payload: int
 
 
-class kvm_sync_regs(ctypes.Structure):
+class kvm_sync_regs(Structure):
     """``struct kvm_sync_regs``, 520 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("regs", kvm_regs),
         ("sregs", kvm_sregs),
@@ -1581,9 +1688,10 @@ class kvm_sync_regs(ctypes.Structure):
     events: kvm_vcpu_events
 
 
-class kvm_xen_exit_u_hcall(ctypes.Structure):
+class kvm_xen_exit_u_hcall(Structure):
     """Member ``hcall`` of ``kvm_xen_exit_u``, 72 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("longmode", U32),
         ("cpl", U32),
@@ -1598,18 +1706,20 @@ class kvm_xen_exit_u_hcall(ctypes.Structure):
     params: ctypes.Array[U64]
 
 
-class kvm_xen_exit_u(ctypes.Union):
+class kvm_xen_exit_u(Union):
     """Member ``u`` of ``kvm_xen_exit``, 72 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("hcall", kvm_xen_exit_u_hcall),
     ]
     hcall: kvm_xen_exit_u_hcall
 
 
-class kvm_xen_exit(ctypes.Structure):
+class kvm_xen_exit(Structure):
     """``struct kvm_xen_exit``, 80 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("type", U32),
         ("u", kvm_xen_exit_u),
@@ -1618,18 +1728,20 @@ class kvm_xen_exit(ctypes.Structure):
     u: kvm_xen_exit_u
 
 
-class kvm_run_hw(ctypes.Structure):
+class kvm_run_hw(Structure):
     """Member ``hw`` of ``kvm_run``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("hardware_exit_reason", U64),
     ]
     hardware_exit_reason: int
 
 
-class kvm_run_fail_entry(ctypes.Structure):
+class kvm_run_fail_entry(Structure):
     """Member ``fail_entry`` of ``kvm_run``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("hardware_entry_failure_reason", U64),
         ("cpu", U32),
@@ -1638,9 +1750,10 @@ class kvm_run_fail_entry(ctypes.Structure):
     cpu: int
 
 
-class kvm_run_ex(ctypes.Structure):
+class kvm_run_ex(Structure):
     """Member ``ex`` of ``kvm_run``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("exception", U32),
         ("error_code", U32),
@@ -1649,9 +1762,10 @@ class kvm_run_ex(ctypes.Structure):
     error_code: int
 
 
-class kvm_run_io(ctypes.Structure):
+class kvm_run_io(Structure):
     """Member ``io`` of ``kvm_run``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("direction", U8),
         ("size", U8),
@@ -1666,18 +1780,20 @@ class kvm_run_io(ctypes.Structure):
     data_offset: int
 
 
-class kvm_run_debug(ctypes.Structure):
+class kvm_run_debug(Structure):
     """Member ``debug`` of ``kvm_run``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("arch", kvm_debug_exit_arch),
     ]
     arch: kvm_debug_exit_arch
 
 
-class kvm_run_mmio(ctypes.Structure):
+class kvm_run_mmio(Structure):
     """Member ``mmio`` of ``kvm_run``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("phys_addr", U64),
         ("data", U8 * 8),
@@ -1690,9 +1806,10 @@ class kvm_run_mmio(ctypes.Structure):
     is_write: int
 
 
-class kvm_run_iocsr_io(ctypes.Structure):
+class kvm_run_iocsr_io(Structure):
     """Member ``iocsr_io`` of ``kvm_run``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("phys_addr", U64),
         ("data", U8 * 8),
@@ -1705,9 +1822,10 @@ class kvm_run_iocsr_io(ctypes.Structure):
     is_write: int
 
 
-class kvm_run_hypercall_anon3(ctypes.Union):
+class kvm_run_hypercall_anon3(Union):
     """Unnamed union in ``kvm_run_hypercall``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("longmode", U32),
         ("flags", U64),
@@ -1716,9 +1834,10 @@ class kvm_run_hypercall_anon3(ctypes.Union):
     flags: int
 
 
-class kvm_run_hypercall(ctypes.Structure):
+class kvm_run_hypercall(Structure):
     """Member ``hypercall`` of ``kvm_run``, 72 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon3",)
     _fields_ = [
         ("nr", U64),
@@ -1734,9 +1853,10 @@ class kvm_run_hypercall(ctypes.Structure):
     flags: int
 
 
-class kvm_run_tpr_access(ctypes.Structure):
+class kvm_run_tpr_access(Structure):
     """Member ``tpr_access`` of ``kvm_run``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("rip", U64),
         ("is_write", U32),
@@ -1747,9 +1867,10 @@ class kvm_run_tpr_access(ctypes.Structure):
     pad: int
 
 
-class kvm_run_s390_sieic(ctypes.Structure):
+class kvm_run_s390_sieic(Structure):
     """Member ``s390_sieic`` of ``kvm_run``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("icptcode", U8),
         ("ipa", U16),
@@ -1760,9 +1881,10 @@ class kvm_run_s390_sieic(ctypes.Structure):
     ipb: int
 
 
-class kvm_run_s390_ucontrol(ctypes.Structure):
+class kvm_run_s390_ucontrol(Structure):
     """Member ``s390_ucontrol`` of ``kvm_run``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("trans_exc_code", U64),
         ("pgm_code", U32),
@@ -1771,9 +1893,10 @@ class kvm_run_s390_ucontrol(ctypes.Structure):
     pgm_code: int
 
 
-class kvm_run_dcr(ctypes.Structure):
+class kvm_run_dcr(Structure):
     """Member ``dcr`` of ``kvm_run``, 12 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("dcrn", U32),
         ("data", U32),
@@ -1784,9 +1907,10 @@ class kvm_run_dcr(ctypes.Structure):
     is_write: int
 
 
-class kvm_run_internal(ctypes.Structure):
+class kvm_run_internal(Structure):
     """Member ``internal`` of ``kvm_run``, 136 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("suberror", U32),
         ("ndata", U32),
@@ -1797,9 +1921,10 @@ class kvm_run_internal(ctypes.Structure):
     data: ctypes.Array[U64]
 
 
-class kvm_run_emulation_failure_anon3_anon0(ctypes.Structure):
+class kvm_run_emulation_failure_anon3_anon0(Structure):
     """Unnamed struct in ``kvm_run_emulation_failure``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("insn_size", U8),
         ("insn_bytes", U8 * 15),
@@ -1808,9 +1933,10 @@ class kvm_run_emulation_failure_anon3_anon0(ctypes.Structure):
     insn_bytes: ctypes.Array[U8]
 
 
-class kvm_run_emulation_failure_anon3(ctypes.Union):
+class kvm_run_emulation_failure_anon3(Union):
     """Unnamed union in ``kvm_run_emulation_failure``, 16 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon0",)
     _fields_ = [
         ("_anon0", kvm_run_emulation_failure_anon3_anon0),
@@ -1820,9 +1946,10 @@ class kvm_run_emulation_failure_anon3(ctypes.Union):
     insn_bytes: ctypes.Array[U8]
 
 
-class kvm_run_emulation_failure(ctypes.Structure):
+class kvm_run_emulation_failure(Structure):
     """Member ``emulation_failure`` of ``kvm_run``, 32 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon3",)
     _fields_ = [
         ("suberror", U32),
@@ -1838,18 +1965,20 @@ class kvm_run_emulation_failure(ctypes.Structure):
     insn_bytes: ctypes.Array[U8]
 
 
-class kvm_run_osi(ctypes.Structure):
+class kvm_run_osi(Structure):
     """Member ``osi`` of ``kvm_run``, 256 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("gprs", U64 * 32),
     ]
     gprs: ctypes.Array[U64]
 
 
-class kvm_run_papr_hcall(ctypes.Structure):
+class kvm_run_papr_hcall(Structure):
     """Member ``papr_hcall`` of ``kvm_run``, 88 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("nr", U64),
         ("ret", U64),
@@ -1860,9 +1989,10 @@ class kvm_run_papr_hcall(ctypes.Structure):
     args: ctypes.Array[U64]
 
 
-class kvm_run_s390_tsch(ctypes.Structure):
+class kvm_run_s390_tsch(Structure):
     """Member ``s390_tsch`` of ``kvm_run``, 20 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("subchannel_id", U16),
         ("subchannel_nr", U16),
@@ -1879,18 +2009,20 @@ class kvm_run_s390_tsch(ctypes.Structure):
     dequeued: int
 
 
-class kvm_run_epr(ctypes.Structure):
+class kvm_run_epr(Structure):
     """Member ``epr`` of ``kvm_run``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("epr", U32),
     ]
     epr: int
 
 
-class kvm_run_system_event_anon2(ctypes.Union):
+class kvm_run_system_event_anon2(Union):
     """Unnamed union in ``kvm_run_system_event``, 128 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U64),
         ("data", U64 * 16),
@@ -1899,9 +2031,10 @@ class kvm_run_system_event_anon2(ctypes.Union):
     data: ctypes.Array[U64]
 
 
-class kvm_run_system_event(ctypes.Structure):
+class kvm_run_system_event(Structure):
     """Member ``system_event`` of ``kvm_run``, 136 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon2",)
     _fields_ = [
         ("type", U32),
@@ -1915,9 +2048,10 @@ class kvm_run_system_event(ctypes.Structure):
     data: ctypes.Array[U64]
 
 
-class kvm_run_s390_stsi(ctypes.Structure):
+class kvm_run_s390_stsi(Structure):
     """Member ``s390_stsi`` of ``kvm_run``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("addr", U64),
         ("ar", U8),
@@ -1934,18 +2068,20 @@ class kvm_run_s390_stsi(ctypes.Structure):
     sel2: int
 
 
-class kvm_run_eoi(ctypes.Structure):
+class kvm_run_eoi(Structure):
     """Member ``eoi`` of ``kvm_run``, 1 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("vector", U8),
     ]
     vector: int
 
 
-class kvm_run_arm_nisv(ctypes.Structure):
+class kvm_run_arm_nisv(Structure):
     """Member ``arm_nisv`` of ``kvm_run``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("esr_iss", U64),
         ("fault_ipa", U64),
@@ -1954,9 +2090,10 @@ class kvm_run_arm_nisv(ctypes.Structure):
     fault_ipa: int
 
 
-class kvm_run_msr(ctypes.Structure):
+class kvm_run_msr(Structure):
     """Member ``msr`` of ``kvm_run``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("error", U8),
         ("pad", U8 * 7),
@@ -1971,9 +2108,10 @@ class kvm_run_msr(ctypes.Structure):
     data: int
 
 
-class kvm_run_riscv_sbi(ctypes.Structure):
+class kvm_run_riscv_sbi(Structure):
     """Member ``riscv_sbi`` of ``kvm_run``, 80 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("extension_id", U64),
         ("function_id", U64),
@@ -1986,9 +2124,10 @@ class kvm_run_riscv_sbi(ctypes.Structure):
     ret: ctypes.Array[U64]
 
 
-class kvm_run_riscv_csr(ctypes.Structure):
+class kvm_run_riscv_csr(Structure):
     """Member ``riscv_csr`` of ``kvm_run``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("csr_num", U64),
         ("new_value", U64),
@@ -2001,18 +2140,20 @@ class kvm_run_riscv_csr(ctypes.Structure):
     ret_value: int
 
 
-class kvm_run_notify(ctypes.Structure):
+class kvm_run_notify(Structure):
     """Member ``notify`` of ``kvm_run``, 4 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U32),
     ]
     flags: int
 
 
-class kvm_run_memory_fault(ctypes.Structure):
+class kvm_run_memory_fault(Structure):
     """Member ``memory_fault`` of ``kvm_run``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U64),
         ("gpa", U64),
@@ -2023,9 +2164,10 @@ class kvm_run_memory_fault(ctypes.Structure):
     size: int
 
 
-class kvm_run_tdx_unknown(ctypes.Structure):
+class kvm_run_tdx_unknown(Structure):
     """Member ``unknown`` of ``kvm_run_tdx``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("ret", U64),
         ("data", U64 * 5),
@@ -2034,9 +2176,10 @@ class kvm_run_tdx_unknown(ctypes.Structure):
     data: ctypes.Array[U64]
 
 
-class kvm_run_tdx_get_quote(ctypes.Structure):
+class kvm_run_tdx_get_quote(Structure):
     """Member ``get_quote`` of ``kvm_run_tdx``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("ret", U64),
         ("gpa", U64),
@@ -2047,9 +2190,10 @@ class kvm_run_tdx_get_quote(ctypes.Structure):
     size: int
 
 
-class kvm_run_tdx_get_tdvmcall_info(ctypes.Structure):
+class kvm_run_tdx_get_tdvmcall_info(Structure):
     """Member ``get_tdvmcall_info`` of ``kvm_run_tdx``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("ret", U64),
         ("leaf", U64),
@@ -2066,9 +2210,10 @@ class kvm_run_tdx_get_tdvmcall_info(ctypes.Structure):
     r14: int
 
 
-class kvm_run_tdx_setup_event_notify(ctypes.Structure):
+class kvm_run_tdx_setup_event_notify(Structure):
     """Member ``setup_event_notify`` of ``kvm_run_tdx``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("ret", U64),
         ("vector", U64),
@@ -2077,9 +2222,10 @@ class kvm_run_tdx_setup_event_notify(ctypes.Structure):
     vector: int
 
 
-class kvm_run_tdx_anon2(ctypes.Union):
+class kvm_run_tdx_anon2(Union):
     """Unnamed union in ``kvm_run_tdx``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("unknown", kvm_run_tdx_unknown),
         ("get_quote", kvm_run_tdx_get_quote),
@@ -2092,9 +2238,10 @@ class kvm_run_tdx_anon2(ctypes.Union):
     setup_event_notify: kvm_run_tdx_setup_event_notify
 
 
-class kvm_run_tdx(ctypes.Structure):
+class kvm_run_tdx(Structure):
     """Member ``tdx`` of ``kvm_run``, 64 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon2",)
     _fields_ = [
         ("flags", U64),
@@ -2110,9 +2257,10 @@ class kvm_run_tdx(ctypes.Structure):
     setup_event_notify: kvm_run_tdx_setup_event_notify
 
 
-class kvm_run_arm_sea(ctypes.Structure):
+class kvm_run_arm_sea(Structure):
     """Member ``arm_sea`` of ``kvm_run``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U64),
         ("esr", U64),
@@ -2125,9 +2273,10 @@ class kvm_run_arm_sea(ctypes.Structure):
     gpa: int
 
 
-class kvm_run_anon9(ctypes.Union):
+class kvm_run_anon9(Union):
     """Unnamed union in ``kvm_run``, 256 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("hw", kvm_run_hw),
         ("fail_entry", kvm_run_fail_entry),
@@ -2200,9 +2349,10 @@ class kvm_run_anon9(ctypes.Union):
     padding: ctypes.Array[U8]
 
 
-class kvm_run_s(ctypes.Union):
+class kvm_run_s(Union):
     """Member ``s`` of ``kvm_run``, 2048 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("regs", kvm_sync_regs),
         ("padding", U8 * 2048),
@@ -2211,9 +2361,10 @@ class kvm_run_s(ctypes.Union):
     padding: ctypes.Array[U8]
 
 
-class kvm_run(ctypes.Structure):
+class kvm_run(Structure):
     """``struct kvm_run``, 2352 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon9",)
     _fields_ = [
         ("request_interrupt_window", U8),
@@ -2279,9 +2430,10 @@ class kvm_run(ctypes.Structure):
     s: kvm_run_s
 
 
-class kvm_s390_keyop(ctypes.Structure):
+class kvm_s390_keyop(Structure):
     """``struct kvm_s390_keyop``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("guest_addr", U64),
         ("key", U8),
@@ -2294,9 +2446,10 @@ class kvm_s390_keyop(ctypes.Structure):
     pad: ctypes.Array[U8]
 
 
-class kvm_sev_attestation_report(ctypes.Structure):
+class kvm_sev_attestation_report(Structure):
     """``struct kvm_sev_attestation_report``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("mnonce", U8 * 16),
         ("uaddr", U64),
@@ -2309,9 +2462,10 @@ class kvm_sev_attestation_report(ctypes.Structure):
     pad0: int
 
 
-class kvm_sev_cmd(ctypes.Structure):
+class kvm_sev_cmd(Structure):
     """``struct kvm_sev_cmd``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("id", U32),
         ("pad0", U32),
@@ -2326,9 +2480,10 @@ class kvm_sev_cmd(ctypes.Structure):
     sev_fd: int
 
 
-class kvm_sev_dbg(ctypes.Structure):
+class kvm_sev_dbg(Structure):
     """``struct kvm_sev_dbg``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("src_uaddr", U64),
         ("dst_uaddr", U64),
@@ -2341,9 +2496,10 @@ class kvm_sev_dbg(ctypes.Structure):
     pad0: int
 
 
-class kvm_sev_guest_status(ctypes.Structure):
+class kvm_sev_guest_status(Structure):
     """``struct kvm_sev_guest_status``, 12 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("handle", U32),
         ("policy", U32),
@@ -2354,9 +2510,10 @@ class kvm_sev_guest_status(ctypes.Structure):
     state: int
 
 
-class kvm_sev_init(ctypes.Structure):
+class kvm_sev_init(Structure):
     """``struct kvm_sev_init``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("vmsa_features", U64),
         ("flags", U32),
@@ -2371,9 +2528,10 @@ class kvm_sev_init(ctypes.Structure):
     pad2: ctypes.Array[U32]
 
 
-class kvm_sev_launch_measure(ctypes.Structure):
+class kvm_sev_launch_measure(Structure):
     """``struct kvm_sev_launch_measure``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("uaddr", U64),
         ("len", U32),
@@ -2384,9 +2542,10 @@ class kvm_sev_launch_measure(ctypes.Structure):
     pad0: int
 
 
-class kvm_sev_launch_secret(ctypes.Structure):
+class kvm_sev_launch_secret(Structure):
     """``struct kvm_sev_launch_secret``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("hdr_uaddr", U64),
         ("hdr_len", U32),
@@ -2409,9 +2568,10 @@ class kvm_sev_launch_secret(ctypes.Structure):
     pad2: int
 
 
-class kvm_sev_launch_start(ctypes.Structure):
+class kvm_sev_launch_start(Structure):
     """``struct kvm_sev_launch_start``, 40 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("handle", U32),
         ("policy", U32),
@@ -2432,9 +2592,10 @@ class kvm_sev_launch_start(ctypes.Structure):
     pad1: int
 
 
-class kvm_sev_launch_update_data(ctypes.Structure):
+class kvm_sev_launch_update_data(Structure):
     """``struct kvm_sev_launch_update_data``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("uaddr", U64),
         ("len", U32),
@@ -2445,9 +2606,10 @@ class kvm_sev_launch_update_data(ctypes.Structure):
     pad0: int
 
 
-class kvm_sev_receive_start(ctypes.Structure):
+class kvm_sev_receive_start(Structure):
     """``struct kvm_sev_receive_start``, 40 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("handle", U32),
         ("policy", U32),
@@ -2468,9 +2630,10 @@ class kvm_sev_receive_start(ctypes.Structure):
     pad1: int
 
 
-class kvm_sev_receive_update_data(ctypes.Structure):
+class kvm_sev_receive_update_data(Structure):
     """``struct kvm_sev_receive_update_data``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("hdr_uaddr", U64),
         ("hdr_len", U32),
@@ -2493,9 +2656,10 @@ class kvm_sev_receive_update_data(ctypes.Structure):
     pad2: int
 
 
-class kvm_sev_send_start(ctypes.Structure):
+class kvm_sev_send_start(Structure):
     """``struct kvm_sev_send_start``, 72 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("policy", U32),
         ("pad0", U32),
@@ -2528,9 +2692,10 @@ class kvm_sev_send_start(ctypes.Structure):
     pad4: int
 
 
-class kvm_sev_send_update_data(ctypes.Structure):
+class kvm_sev_send_update_data(Structure):
     """``struct kvm_sev_send_update_data``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("hdr_uaddr", U64),
         ("hdr_len", U32),
@@ -2553,9 +2718,10 @@ class kvm_sev_send_update_data(ctypes.Structure):
     pad2: int
 
 
-class kvm_sev_snp_launch_finish(ctypes.Structure):
+class kvm_sev_snp_launch_finish(Structure):
     """``struct kvm_sev_snp_launch_finish``, 88 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("id_block_uaddr", U64),
         ("id_auth_uaddr", U64),
@@ -2578,9 +2744,10 @@ class kvm_sev_snp_launch_finish(ctypes.Structure):
     pad1: ctypes.Array[U64]
 
 
-class kvm_sev_snp_launch_start(ctypes.Structure):
+class kvm_sev_snp_launch_start(Structure):
     """``struct kvm_sev_snp_launch_start``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("policy", U64),
         ("gosvw", U8 * 16),
@@ -2595,9 +2762,10 @@ class kvm_sev_snp_launch_start(ctypes.Structure):
     pad1: ctypes.Array[U64]
 
 
-class kvm_sev_snp_launch_update(ctypes.Structure):
+class kvm_sev_snp_launch_update(Structure):
     """``struct kvm_sev_snp_launch_update``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("gfn_start", U64),
         ("uaddr", U64),
@@ -2618,18 +2786,20 @@ class kvm_sev_snp_launch_update(ctypes.Structure):
     pad2: ctypes.Array[U64]
 
 
-class kvm_signal_mask_anon1(ctypes.Structure):
+class kvm_signal_mask_anon1(Structure):
     """Unnamed struct in ``kvm_signal_mask``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("sigset", U8 * 0),
     ]
     sigset: ctypes.Array[U8]
 
 
-class kvm_signal_mask(ctypes.Structure):
+class kvm_signal_mask(Structure):
     """``struct kvm_signal_mask``, 4 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon1",)
     _fields_ = [
         ("len", U32),
@@ -2640,9 +2810,10 @@ class kvm_signal_mask(ctypes.Structure):
     sigset: ctypes.Array[U8]
 
 
-class kvm_sregs2(ctypes.Structure):
+class kvm_sregs2(Structure):
     """``struct kvm_sregs2``, 320 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("cs", kvm_segment),
         ("ds", kvm_segment),
@@ -2685,18 +2856,20 @@ class kvm_sregs2(ctypes.Structure):
     pdptrs: ctypes.Array[U64]
 
 
-class kvm_stats_desc_anon5(ctypes.Structure):
+class kvm_stats_desc_anon5(Structure):
     """Unnamed struct in ``kvm_stats_desc``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("name", U8 * 0),
     ]
     name: ctypes.Array[U8]
 
 
-class kvm_stats_desc(ctypes.Structure):
+class kvm_stats_desc(Structure):
     """``struct kvm_stats_desc``, 16 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon5",)
     _fields_ = [
         ("flags", U32),
@@ -2715,9 +2888,10 @@ class kvm_stats_desc(ctypes.Structure):
     name: ctypes.Array[U8]
 
 
-class kvm_stats_header(ctypes.Structure):
+class kvm_stats_header(Structure):
     """``struct kvm_stats_header``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U32),
         ("name_size", U32),
@@ -2734,9 +2908,10 @@ class kvm_stats_header(ctypes.Structure):
     data_offset: int
 
 
-class kvm_steal_time(ctypes.Structure):
+class kvm_steal_time(Structure):
     """``struct kvm_steal_time``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("steal", U64),
         ("version", U32),
@@ -2753,9 +2928,10 @@ class kvm_steal_time(ctypes.Structure):
     pad: ctypes.Array[U32]
 
 
-class kvm_tdx_capabilities(ctypes.Structure):
+class kvm_tdx_capabilities(Structure):
     """``struct kvm_tdx_capabilities``, 2056 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("supported_attrs", U64),
         ("supported_xfam", U64),
@@ -2776,9 +2952,10 @@ class kvm_tdx_capabilities(ctypes.Structure):
     cpuid: kvm_cpuid2
 
 
-class kvm_tdx_cmd(ctypes.Structure):
+class kvm_tdx_cmd(Structure):
     """``struct kvm_tdx_cmd``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("id", U32),
         ("flags", U32),
@@ -2791,9 +2968,10 @@ class kvm_tdx_cmd(ctypes.Structure):
     hw_error: int
 
 
-class kvm_tdx_init_mem_region(ctypes.Structure):
+class kvm_tdx_init_mem_region(Structure):
     """``struct kvm_tdx_init_mem_region``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("source_addr", U64),
         ("gpa", U64),
@@ -2804,9 +2982,10 @@ class kvm_tdx_init_mem_region(ctypes.Structure):
     nr_pages: int
 
 
-class kvm_tdx_init_vm(ctypes.Structure):
+class kvm_tdx_init_vm(Structure):
     """``struct kvm_tdx_init_vm``, 264 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("attributes", U64),
         ("xfam", U64),
@@ -2825,9 +3004,10 @@ class kvm_tdx_init_vm(ctypes.Structure):
     cpuid: kvm_cpuid2
 
 
-class kvm_tpr_access_ctl(ctypes.Structure):
+class kvm_tpr_access_ctl(Structure):
     """``struct kvm_tpr_access_ctl``, 40 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("enabled", U32),
         ("flags", U32),
@@ -2838,9 +3018,10 @@ class kvm_tpr_access_ctl(ctypes.Structure):
     reserved: ctypes.Array[U32]
 
 
-class kvm_translation(ctypes.Structure):
+class kvm_translation(Structure):
     """``struct kvm_translation``, 24 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("linear_address", U64),
         ("physical_address", U64),
@@ -2857,9 +3038,10 @@ class kvm_translation(ctypes.Structure):
     pad: ctypes.Array[U8]
 
 
-class kvm_userspace_memory_region(ctypes.Structure):
+class kvm_userspace_memory_region(Structure):
     """``struct kvm_userspace_memory_region``, 32 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("slot", U32),
         ("flags", U32),
@@ -2874,9 +3056,10 @@ class kvm_userspace_memory_region(ctypes.Structure):
     userspace_addr: int
 
 
-class kvm_userspace_memory_region2(ctypes.Structure):
+class kvm_userspace_memory_region2(Structure):
     """``struct kvm_userspace_memory_region2``, 160 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("slot", U32),
         ("flags", U32),
@@ -2899,18 +3082,20 @@ class kvm_userspace_memory_region2(ctypes.Structure):
     pad2: ctypes.Array[U64]
 
 
-class kvm_vapic_addr(ctypes.Structure):
+class kvm_vapic_addr(Structure):
     """``struct kvm_vapic_addr``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("vapic_addr", U64),
     ]
     vapic_addr: int
 
 
-class kvm_vcpu_pv_apf_data(ctypes.Structure):
+class kvm_vcpu_pv_apf_data(Structure):
     """``struct kvm_vcpu_pv_apf_data``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U32),
         ("token", U32),
@@ -2921,9 +3106,10 @@ class kvm_vcpu_pv_apf_data(ctypes.Structure):
     pad: ctypes.Array[U8]
 
 
-class kvm_vfio_spapr_tce(ctypes.Structure):
+class kvm_vfio_spapr_tce(Structure):
     """``struct kvm_vfio_spapr_tce``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("groupfd", S32),
         ("tablefd", S32),
@@ -2932,9 +3118,10 @@ class kvm_vfio_spapr_tce(ctypes.Structure):
     tablefd: int
 
 
-class kvm_x86_mce(ctypes.Structure):
+class kvm_x86_mce(Structure):
     """``struct kvm_x86_mce``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("status", U64),
         ("addr", U64),
@@ -2953,9 +3140,10 @@ class kvm_x86_mce(ctypes.Structure):
     pad2: ctypes.Array[U64]
 
 
-class kvm_xcr(ctypes.Structure):
+class kvm_xcr(Structure):
     """``struct kvm_xcr``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("xcr", U32),
         ("reserved", U32),
@@ -2966,9 +3154,10 @@ class kvm_xcr(ctypes.Structure):
     value: int
 
 
-class kvm_xcrs(ctypes.Structure):
+class kvm_xcrs(Structure):
     """``struct kvm_xcrs``, 392 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("nr_xcrs", U32),
         ("flags", U32),
@@ -2981,9 +3170,10 @@ class kvm_xcrs(ctypes.Structure):
     padding: ctypes.Array[U64]
 
 
-class kvm_xen_hvm_attr_u_shared_info(ctypes.Union):
+class kvm_xen_hvm_attr_u_shared_info(Union):
     """Member ``shared_info`` of ``kvm_xen_hvm_attr_u``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("gfn", U64),
         ("hva", U64),
@@ -2992,9 +3182,10 @@ class kvm_xen_hvm_attr_u_shared_info(ctypes.Union):
     hva: int
 
 
-class kvm_xen_hvm_attr_u_evtchn_deliver_port(ctypes.Structure):
+class kvm_xen_hvm_attr_u_evtchn_deliver_port(Structure):
     """Member ``port`` of ``kvm_xen_hvm_attr_u_evtchn_deliver``, 12 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("port", U32),
         ("vcpu", U32),
@@ -3005,9 +3196,10 @@ class kvm_xen_hvm_attr_u_evtchn_deliver_port(ctypes.Structure):
     priority: int
 
 
-class kvm_xen_hvm_attr_u_evtchn_deliver_eventfd(ctypes.Structure):
+class kvm_xen_hvm_attr_u_evtchn_deliver_eventfd(Structure):
     """Member ``eventfd`` of ``kvm_xen_hvm_attr_u_evtchn_deliver``, 8 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("port", U32),
         ("fd", S32),
@@ -3016,9 +3208,10 @@ class kvm_xen_hvm_attr_u_evtchn_deliver_eventfd(ctypes.Structure):
     fd: int
 
 
-class kvm_xen_hvm_attr_u_evtchn_deliver(ctypes.Union):
+class kvm_xen_hvm_attr_u_evtchn_deliver(Union):
     """Member ``deliver`` of ``kvm_xen_hvm_attr_u_evtchn``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("port", kvm_xen_hvm_attr_u_evtchn_deliver_port),
         ("eventfd", kvm_xen_hvm_attr_u_evtchn_deliver_eventfd),
@@ -3029,9 +3222,10 @@ class kvm_xen_hvm_attr_u_evtchn_deliver(ctypes.Union):
     padding: ctypes.Array[U32]
 
 
-class kvm_xen_hvm_attr_u_evtchn(ctypes.Structure):
+class kvm_xen_hvm_attr_u_evtchn(Structure):
     """Member ``evtchn`` of ``kvm_xen_hvm_attr_u``, 28 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("send_port", U32),
         ("type", U32),
@@ -3044,9 +3238,10 @@ class kvm_xen_hvm_attr_u_evtchn(ctypes.Structure):
     deliver: kvm_xen_hvm_attr_u_evtchn_deliver
 
 
-class kvm_xen_hvm_attr_u(ctypes.Union):
+class kvm_xen_hvm_attr_u(Union):
     """Member ``u`` of ``kvm_xen_hvm_attr``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("long_mode", U8),
         ("vector", U8),
@@ -3065,9 +3260,10 @@ class kvm_xen_hvm_attr_u(ctypes.Union):
     pad: ctypes.Array[U64]
 
 
-class kvm_xen_hvm_attr(ctypes.Structure):
+class kvm_xen_hvm_attr(Structure):
     """``struct kvm_xen_hvm_attr``, 72 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("type", U16),
         ("pad", U16 * 3),
@@ -3078,9 +3274,10 @@ class kvm_xen_hvm_attr(ctypes.Structure):
     u: kvm_xen_hvm_attr_u
 
 
-class kvm_xen_hvm_config(ctypes.Structure):
+class kvm_xen_hvm_config(Structure):
     """``struct kvm_xen_hvm_config``, 56 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("flags", U32),
         ("msr", U32),
@@ -3099,9 +3296,10 @@ class kvm_xen_hvm_config(ctypes.Structure):
     pad2: ctypes.Array[U8]
 
 
-class kvm_xen_vcpu_attr_u_runstate(ctypes.Structure):
+class kvm_xen_vcpu_attr_u_runstate(Structure):
     """Member ``runstate`` of ``kvm_xen_vcpu_attr_u``, 48 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("state", U64),
         ("state_entry_time", U64),
@@ -3118,9 +3316,10 @@ class kvm_xen_vcpu_attr_u_runstate(ctypes.Structure):
     time_offline: int
 
 
-class kvm_xen_vcpu_attr_u_timer(ctypes.Structure):
+class kvm_xen_vcpu_attr_u_timer(Structure):
     """Member ``timer`` of ``kvm_xen_vcpu_attr_u``, 16 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("port", U32),
         ("priority", U32),
@@ -3131,9 +3330,10 @@ class kvm_xen_vcpu_attr_u_timer(ctypes.Structure):
     expires_ns: int
 
 
-class kvm_xen_vcpu_attr_u(ctypes.Union):
+class kvm_xen_vcpu_attr_u(Union):
     """Member ``u`` of ``kvm_xen_vcpu_attr``, 64 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("gpa", U64),
         ("hva", U64),
@@ -3152,9 +3352,10 @@ class kvm_xen_vcpu_attr_u(ctypes.Union):
     vector: int
 
 
-class kvm_xen_vcpu_attr(ctypes.Structure):
+class kvm_xen_vcpu_attr(Structure):
     """``struct kvm_xen_vcpu_attr``, 72 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("type", U16),
         ("pad", U16 * 3),
@@ -3165,18 +3366,20 @@ class kvm_xen_vcpu_attr(ctypes.Structure):
     u: kvm_xen_vcpu_attr_u
 
 
-class kvm_xsave_anon1(ctypes.Structure):
+class kvm_xsave_anon1(Structure):
     """Unnamed struct in ``kvm_xsave``, 0 bytes."""
 
+    __slots__ = ()
     _fields_ = [
         ("extra", U32 * 0),
     ]
     extra: ctypes.Array[U32]
 
 
-class kvm_xsave(ctypes.Structure):
+class kvm_xsave(Structure):
     """``struct kvm_xsave``, 4096 bytes."""
 
+    __slots__ = ()
     _anonymous_ = ("_anon1",)
     _fields_ = [
         ("region", U32 * 1024),
@@ -3187,7 +3390,7 @@ class kvm_xsave(ctypes.Structure):
     extra: ctypes.Array[U32]
 
 
-STRUCTURES: Final[dict[str, type[ctypes.Structure]]] = {
+STRUCTURES: Final[dict[str, type[Structure]]] = {
     "kvm_arm_device_addr": kvm_arm_device_addr,
     "kvm_clear_dirty_log": kvm_clear_dirty_log,
     "kvm_clock_data": kvm_clock_data,

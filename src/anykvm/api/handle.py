@@ -6,11 +6,11 @@ import contextlib
 import ctypes
 import errno as _errno
 import os
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from anykvm.abi.names import ioctl_name
+from anykvm.host.atomic import Dropped, atomically_or_here
 from anykvm.host.closing import Closing
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _number(value: int) -> str:
     return str(value) if -4096 < value < 4096 else hex(value)
 
 
-class Handle(Closing):
+class Handle(Dropped, Closing):
     """A descriptor of a backend. Base of ``Kvm``, ``Vm`` and ``Vcpu``; not made directly.
 
     Each method that is named as an ioctl does that one ioctl; Documentation/virt/kvm/api.rst describes it under the
@@ -59,9 +59,10 @@ class Handle(Closing):
     every ioctl are not repeated at each: EBADF when closed, EIO from another process than the one that made the VM,
     ENOTTY or EINVAL where this KVM does not have the ioctl.
 
-    Closing is idempotent, and closes what was made from this object first; so closing the ``Kvm`` closes everything. A
-    method called after ``close`` raises OSError with EBADF, as the kernel has it. A ``Kvm`` that is dropped without
-    ``close`` closes itself with a ResourceWarning.
+    Closing is idempotent, and closes what was made from this object first; so closing the ``Kvm`` closes everything.
+    A signal handler runs before it or after it, so what a handler raises leaves nothing half closed. A method called
+    after ``close`` raises OSError with EBADF, as the kernel has it. A ``Kvm`` that is dropped without ``close`` closes
+    itself with a ResourceWarning.
 
     >>> import anykvm
     >>> kvm = anykvm.open()
@@ -115,7 +116,7 @@ class Handle(Closing):
         except OSError as error:
             if self._fd < 0:
                 shown, why = None, lambda _: f"this {type(self).__name__} is closed"
-            raise explain(error, request, shown, why) from None
+            raise explain(error, request, shown, why) from error.__cause__
 
     def _get(self, request: int, kind: type[_S]) -> _S:
         """Do an ioctl that fills a structure."""
@@ -124,16 +125,31 @@ class Handle(Closing):
         return structure
 
     def close(self) -> None:
-        """Close this object and all that was made from it, children first. Calling it again does nothing."""
+        """Close this object and all that was made from it, children first. Calling it again does nothing.
+
+        Raises the first OSError of a descriptor that cannot be closed; all others are closed nevertheless.
+        """
+        atomically_or_here(self._close)
+
+    def _close(self) -> None:
         if self._fd < 0:
             return
+        failed: OSError | None = None
         for child in reversed(list(self._children)):
-            child.close()
+            try:
+                child._close()
+            except OSError as error:
+                failed = failed or error
         if self._parent is not None:
             self._parent._children.pop(self, None)
         fd, self._fd = self._fd, -1
         self._release()
-        self._backend.close(fd)
+        try:
+            self._backend.close(fd)
+        except OSError as error:
+            failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _release(self) -> None:
         """Let go of what belongs to the descriptor, before it is closed."""
@@ -143,9 +159,11 @@ class Handle(Closing):
         state = f"fd={self._fd}" if self._fd >= 0 else "closed"
         return f"<{type(self).__name__} {state} on {self._backend.name}>"
 
-    def __del__(self) -> None:
+    def _dropped(self) -> str | None:
         """Close what was forgotten, and say so: a Kvm with all that was made from it."""
-        if getattr(self, "_fd", -1) >= 0 and self._parent is None:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-            with contextlib.suppress(OSError):
-                self.close()
+        if getattr(self, "_fd", -1) < 0 or self._parent is not None:
+            return None
+        forgotten = f"unclosed {self!r}"
+        with contextlib.suppress(OSError):  # nobody could be told, and what could be closed is closed
+            self._close()
+        return forgotten

@@ -14,6 +14,7 @@ from anykvm.api.handle import Handle
 from anykvm.api.vm import Vm
 from anykvm.backends import backend as make_backend
 from anykvm.backends.base import Backend
+from anykvm.host.atomic import atomically_or_here
 
 _MAX_ENTRIES: Final = 1 << 16
 
@@ -27,6 +28,10 @@ def open(backend: Backend | str | None = None, profile: str | None = None) -> Kv
         backend = make_backend(backend or "auto", profile)
     elif profile is not None:
         raise ValueError("profile is chosen when a backend is made; this one has " + backend.profile)
+    return atomically_or_here(_open, backend)
+
+
+def _open(backend: Backend) -> Kvm:
     return Kvm(backend, backend.open())
 
 
@@ -53,6 +58,9 @@ class Kvm(Handle):
 
         Raises OSError: EINVAL for a type KVM_CAP_VM_TYPES does not list, EMFILE, ENOMEM.
         """
+        return atomically_or_here(self._create_vm, type)
+
+    def _create_vm(self, type: int) -> Vm:
         fd = self._call(n.KVM_CREATE_VM, type, {"type": type})
         return Vm(self, fd)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno as _errno
-import weakref
 from typing import Any, Final
 
 from anykvm.host import libc
+from anykvm.host.atomic import Finalizer, atomically_or_here
 from anykvm.host.closing import Closing
 from anykvm.host.libc import PROT_READ, PROT_WRITE
 from anykvm.host.ranges import PAGE_SIZE, check_bytes, check_pages, check_size
@@ -48,13 +48,16 @@ class GuestMemory(Closing):
         self._size = size
         self._shared = shared
         flags = _flags(shared, fd) | libc.MAP_NORESERVE
-        self._address = libc.mmap(hint, size, prot, flags, -1 if fd is None else fd, offset)
         self._holes = bytearray()  # one byte a page, 1 where unmap() gave the address range back; made when needed
+        self._bytes: ctypes.Array[ctypes.c_uint8] | None = None
+        atomically_or_here(self._make, hint, prot, flags, -1 if fd is None else fd, offset)
+
+    def _make(self, hint: int, prot: int, flags: int, fd: int, offset: int) -> None:
+        self._address = libc.mmap(hint, self._size, prot, flags, fd, offset)
         # The mapping lives until this and all views are gone: a view must never point at memory of someone else.
-        kind: Any = type("Memory", (ctypes.c_uint8 * size,), {})
-        self._bytes: ctypes.Array[ctypes.c_uint8] | None = kind.from_address(self._address)
-        self._finalizer = weakref.finalize(self._bytes, _unmap_all, self._address, size, self._holes)
-        self._finalizer.atexit = False
+        kind: Any = type("Memory", (ctypes.c_uint8 * self._size,), {})
+        self._bytes = kind.from_address(self._address)
+        Finalizer(self._bytes, _unmap_all, self._address, self._size, self._holes)
 
     @property
     def address(self) -> int:

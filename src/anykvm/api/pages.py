@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 from typing import TYPE_CHECKING, Any
+
+from anykvm.host.atomic import Finalizer, atomically_or_here
 
 if TYPE_CHECKING:
     from anykvm.backends.base import Backend
@@ -17,10 +18,13 @@ def map_pages(backend: Backend, fd: int, length: int, offset: int = 0) -> ctypes
     at memory that is no longer there.
     Raises OSError as ``Backend.mmap``.
     """
+    return atomically_or_here(_map_pages, backend, fd, length, offset)
+
+
+def _map_pages(backend: Backend, fd: int, length: int, offset: int) -> ctypes.Array[ctypes.c_uint8]:
     address = backend.mmap(fd, length, offset)
     # A class of its own, because only such a one takes weak references.
     kind: Any = type("Pages", (ctypes.c_uint8 * length,), {})
     pages: ctypes.Array[ctypes.c_uint8] = kind.from_address(address)
-    finalizer = weakref.finalize(pages, backend.munmap, address, length)
-    finalizer.atexit = False  # views may still be used then; the process is about to drop its mappings anyway
+    Finalizer(pages, backend.munmap, address, length)
     return pages

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 from anykvm.abi import constants as c
 from anykvm.abi.ioctls import KVM_RUN
 from anykvm.abi.structures import kvm_run
-from anykvm.api.decode import DECODERS, REASON_AND_IO, decode_failure, decode_fault, decode_unknown
 from anykvm.api.exits import Exit, Io
+from anykvm.api.exits.decode import DECODERS, REASON_AND_IO, decode_failure, decode_fault, decode_unknown
 from anykvm.api.handle import explain
 from anykvm.api.pages import map_pages
 from anykvm.api.vcpu_events import VcpuEvents
@@ -58,7 +58,7 @@ class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
         try:
             self._pages: ctypes.Array[ctypes.c_uint8] | None = map_pages(self._backend, fd, mmap_size)
         except OSError:
-            self.close()
+            self._close()
             raise
         self._page = memoryview(self._pages).cast("B")
 
@@ -73,13 +73,13 @@ class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
         ENOMEM; BlockingIOError (EAGAIN) when an uninitialised vCPU was woken: run again.
         """
         serial = self._serial = self._serial + 1
+        page = self._page  # now: a signal handler may close the vCPU before the exit is read
         try:
             self._run_ioctl(self._fd, KVM_RUN, 0)
         except OSError as error:
-            if error.errno == _EFAULT and (fault := decode_fault(self._page, _EFAULT)):
+            if error.errno == _EFAULT and (fault := decode_fault(page, _EFAULT)):
                 return fault
-            return self._failed(error)
-        page = self._page
+            return self._failed(error, page)
         reason, direction, size, port, count, offset = REASON_AND_IO(page)
         if reason == _EXIT_IO:
             result = _new(Io)
@@ -99,13 +99,13 @@ class Vcpu(VcpuState, VcpuEvents, VcpuFeatures):
         decoder = DECODERS.get(reason)
         return decode_unknown(page, reason) if decoder is None else decoder(page, self, serial)
 
-    def _failed(self, error: OSError) -> Exit:
+    def _failed(self, error: OSError, page: memoryview) -> Exit:
         """Turn a failed KVM_RUN into an exit, or raise the error with an explanation."""
-        if self._fd < 0:
+        if self._fd < 0 and error.errno == _errno.EBADF:
             raise explain(error, KVM_RUN, None, lambda _: "this Vcpu is closed") from None
-        result = decode_failure(self._page, error.errno or 0)
+        result = decode_failure(page, error.errno or 0)
         if result is None:
-            raise explain(error, KVM_RUN, {"vcpu": self.vcpu_id}, _why) from None
+            raise explain(error, KVM_RUN, {"vcpu": self.vcpu_id}, _why) from error.__cause__
         return result
 
     @property

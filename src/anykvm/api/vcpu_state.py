@@ -15,6 +15,7 @@ from anykvm.api.handle import Handle
 
 _XSAVE: Final = 4096
 _MAX_REGS: Final = 1 << 16
+_REGISTER_SIZES: Final = tuple(1 << power for power in range(9))  # KVM_REG_SIZE_U8 to KVM_REG_SIZE_U2048
 
 
 class VcpuState(Handle):
@@ -127,13 +128,21 @@ class VcpuState(Handle):
         self._call(n.KVM_SET_NESTED_STATE, (ctypes.c_uint8 * len(state)).from_buffer_copy(state))
 
     def get_one_reg(self, id: int, size: int = 8) -> int:
-        """KVM_GET_ONE_REG: a register by its KVM_REG_* id. Raises OSError: ENOENT, EINVAL."""
-        value = (ctypes.c_uint8 * size)()
+        """KVM_GET_ONE_REG: a register by its KVM_REG_* id, of ``size`` bytes.
+
+        Raises OSError: ENOENT, EINVAL; ValueError for a size that no register has.
+        """
+        value = (ctypes.c_uint8 * _register_size(size))()
         self._call(n.KVM_GET_ONE_REG, s.kvm_one_reg(id=id, addr=ctypes.addressof(value)), {"id": id})
         return int.from_bytes(bytes(value), "little")
 
     def set_one_reg(self, id: int, value: int, size: int = 8) -> None:
-        """KVM_SET_ONE_REG. Raises OSError: ENOENT, EINVAL."""
+        """KVM_SET_ONE_REG of a register of ``size`` bytes.
+
+        Raises OSError: ENOENT, EINVAL; ValueError for a size that no register has, or a value that it cannot have.
+        """
+        if not 0 <= value < 1 << 8 * _register_size(size):
+            raise ValueError(f"value {value:#x} is not a number of {size} bytes")
         data = (ctypes.c_uint8 * size).from_buffer_copy(value.to_bytes(size, "little"))
         self._call(n.KVM_SET_ONE_REG, s.kvm_one_reg(id=id, addr=ctypes.addressof(data)), {"id": id})
 
@@ -150,6 +159,13 @@ class VcpuState(Handle):
                 if error.errno != _errno.E2BIG or not count < header.n <= _MAX_REGS:
                     raise
                 count = header.n
+
+
+def _register_size(size: int) -> int:
+    """KVM_REG_SIZE_MASK: from 1 to 256 bytes."""
+    if size not in _REGISTER_SIZES:
+        raise ValueError(f"size {size} is none of {', '.join(map(str, _REGISTER_SIZES))}")
+    return size
 
 
 def _why_sregs(errno: int) -> str | None:

@@ -7,11 +7,13 @@ import errno as _errno
 from typing import TYPE_CHECKING
 
 from anykvm.abi import ioctls as n
+from anykvm.abi.limits import KVM_MIN_ALLOC_MMU_PAGES
 from anykvm.abi.structures import kvm_clock_data, kvm_msr_filter
 from anykvm.api.enable import enable_cap
 from anykvm.api.vcpu import Vcpu
 from anykvm.api.vm_irq import VmIrq
 from anykvm.api.vm_memory import Slot, VmMemory
+from anykvm.host.atomic import atomically_or_here
 
 if TYPE_CHECKING:
     from anykvm.api.kvm import Kvm
@@ -41,6 +43,9 @@ class Vm(VmMemory, VmIrq):
 
         Raises OSError: EEXIST for an id in use, EINVAL for one not below KVM_CAP_MAX_VCPU_ID or for too many vCPUs.
         """
+        return atomically_or_here(self._create_vcpu, vcpu_id)
+
+    def _create_vcpu(self, vcpu_id: int) -> Vcpu:
         size = self.kvm.get_vcpu_mmap_size()
         fd = self._call(n.KVM_CREATE_VCPU, vcpu_id, {"vcpu_id": vcpu_id}, _why_vcpu)
         return Vcpu(self, fd, vcpu_id, size)
@@ -88,8 +93,11 @@ class Vm(VmMemory, VmIrq):
         self._call(n.KVM_SET_TSC_KHZ, khz, {"khz": khz})
 
     def set_nr_mmu_pages(self, pages: int) -> None:
-        """KVM_SET_NR_MMU_PAGES: bound KVM's shadow pages. Raises OSError: EINVAL below 20."""
-        self._call(n.KVM_SET_NR_MMU_PAGES, pages, {"pages": pages})
+        """KVM_SET_NR_MMU_PAGES: bound KVM's shadow pages.
+
+        Raises OSError: EINVAL below ``abi.limits.KVM_MIN_ALLOC_MMU_PAGES``.
+        """
+        self._call(n.KVM_SET_NR_MMU_PAGES, pages, {"pages": pages}, _why_mmu_pages)
 
     def set_boot_cpu_id(self, vcpu_id: int) -> None:
         """KVM_SET_BOOT_CPU_ID. Raises OSError: EBUSY once a vCPU exists."""
@@ -105,6 +113,10 @@ class Vm(VmMemory, VmIrq):
 
     def _release(self) -> None:
         self._slots.clear()
+
+
+def _why_mmu_pages(errno: int) -> str | None:
+    return f"fewer than {KVM_MIN_ALLOC_MMU_PAGES} pages" if errno == _errno.EINVAL else None
 
 
 def _u64(value: int) -> ctypes.Array[ctypes.c_uint8]:

@@ -9,10 +9,12 @@ from typing import NamedTuple, Protocol
 from anykvm.abi import ioctls as n
 from anykvm.abi import structures as s
 from anykvm.abi.constants import KVM_CAP_DIRTY_LOG_RING
+from anykvm.abi.limits import KVM_MEM_MAX_NR_PAGES
 from anykvm.api.enable import enable_cap
 from anykvm.api.handle import Handle
 from anykvm.api.region import why_region_refused
 from anykvm.host import libc
+from anykvm.host.atomic import atomically_or_here
 from anykvm.host.ranges import PAGE_SIZE
 
 
@@ -52,6 +54,9 @@ class VmMemory(Handle):
 
         The VM keeps ``memory`` alive, but does not close it. Raises OSError as ``set_user_memory_region``.
         """
+        return atomically_or_here(self._map, memory, guest_phys_addr, slot, flags)
+
+    def _map(self, memory: HostMemory, guest_phys_addr: int, slot: int | None, flags: int) -> int:
         if slot is None:
             slot = self._free_from
             while slot in self._slots:
@@ -110,6 +115,9 @@ class VmMemory(Handle):
         self._set_region(n.KVM_SET_USER_MEMORY_REGION2, s.kvm_userspace_memory_region2(**fields), fields)
 
     def _set_region(self, request: int, region: ctypes.Structure, fields: dict[str, int]) -> None:
+        atomically_or_here(self._set_region_and_note, request, region, fields)
+
+    def _set_region_and_note(self, request: int, region: ctypes.Structure, fields: dict[str, int]) -> None:
         slot, size = fields["slot"], fields["memory_size"]
         self._call(request, region, fields, lambda errno: why_region_refused(errno, fields, self._slots))
         old = self._slots.pop(slot, None)
@@ -125,7 +133,8 @@ class VmMemory(Handle):
         The pages written since the last call; with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 enabled, since they were cleared
         by ``clear_dirty_log``. Read the pages after it: what the guest writes from then on is in the next bitmap. User
         space's own writes are in none.
-        Raises OSError: ENOENT for a slot that is absent or not logged, ENXIO with a dirty ring instead of bitmaps.
+        Raises OSError: ENOENT for a slot that is absent or not logged, ENXIO with a dirty ring instead of bitmaps;
+        ValueError for more pages than a slot can have.
         """
         bitmap = self._bitmap(slot, pages)
         log = s.kvm_dirty_log(slot=slot, dirty_bitmap=ctypes.addressof(bitmap))
@@ -136,9 +145,9 @@ class VmMemory(Handle):
         """KVM_CLEAR_DIRTY_LOG: forget the pages set in ``bitmap``, whose bit 0 is ``first_page``.
 
         Raises OSError: EINVAL unless both numbers are multiples of 64 within the slot (``num_pages`` may reach its
-        end), ENOENT and ENXIO as ``get_dirty_log``.
+        end), ENOENT and ENXIO as ``get_dirty_log``; ValueError for more pages than a slot can have.
         """
-        size = (num_pages + 63) // 64 * 8
+        size = _bitmap_size(num_pages)
         data = (ctypes.c_uint8 * size).from_buffer_copy(bytes(bitmap[:size]).ljust(size, b"\0"))
         log = s.kvm_clear_dirty_log(
             slot=slot, first_page=first_page, num_pages=num_pages, dirty_bitmap=ctypes.addressof(data)
@@ -150,7 +159,7 @@ class VmMemory(Handle):
         if pages is None:
             known = self._slots.get(slot)
             pages = known.memory_size // PAGE_SIZE if known else 0
-        return (ctypes.c_uint8 * ((pages + 63) // 64 * 8))()
+        return (ctypes.c_uint8 * _bitmap_size(pages))()
 
     def enable_dirty_ring(self, size: int) -> None:
         """KVM_ENABLE_CAP(KVM_CAP_DIRTY_LOG_RING): log to a ring of ``size`` bytes a vCPU instead of to bitmaps.
@@ -159,6 +168,9 @@ class VmMemory(Handle):
         Raises OSError: EINVAL for a size that is too small or no power of two, when a vCPU exists, or the second time;
         E2BIG over what ``check_extension(KVM_CAP_DIRTY_LOG_RING)`` says.
         """
+        atomically_or_here(self._enable_dirty_ring, size)
+
+    def _enable_dirty_ring(self, size: int) -> None:
         enable_cap(self, KVM_CAP_DIRTY_LOG_RING, (size,), 0)
         self.dirty_ring_size = size
 
@@ -224,6 +236,13 @@ class VmMemory(Handle):
     def _zone(self, request: int, addr: int, size: int, pio: bool) -> None:
         zone = s.kvm_coalesced_mmio_zone(addr=addr, size=size, pio=int(pio))
         self._call(request, zone, {"addr": addr, "size": size, "pio": int(pio)})
+
+
+def _bitmap_size(pages: int) -> int:
+    """Bytes of a slot's bitmap, which is made of 64-bit words."""
+    if not 0 <= pages <= KVM_MEM_MAX_NR_PAGES:
+        raise ValueError(f"{pages} pages: a slot has from 0 to {KVM_MEM_MAX_NR_PAGES}")
+    return (pages + 63) // 64 * 8
 
 
 def _why_log(errno: int) -> str | None:

@@ -15,7 +15,6 @@ from anykvm.backends.probe import probe_soft as probe_soft
 NAMES = ("auto", "soft", "device")
 """What ``backend(name)`` accepts."""
 
-
 _LOG: Final = logging.getLogger("anykvm")
 
 
@@ -44,8 +43,8 @@ def select(name: str = "auto", profile: str | None = None) -> Selection:
     """Choose a backend and say why.
 
     ``auto`` takes the kernel's KVM if it passes the self-test, else the soft backend. The kernel's KVM is tried once a
-    process, by a child (``anykvm.backends.child``). A profile other than ``kernel``
-    is something only the soft backend has, so with one ``auto`` means soft.
+    process, by a child (``anykvm.backends.child``). A profile other than ``kernel`` is something only the soft backend
+    has, so with one ``auto`` means soft.
     Raises ValueError for an unknown name or a profile the backend cannot have; ImportError as ``soft_backend``.
     """
     if name not in NAMES:
@@ -64,9 +63,17 @@ def select(name: str = "auto", profile: str | None = None) -> Selection:
     return Selection(soft_backend(), f"device: {probe.reason}", (probe,))
 
 
-@functools.cache
+_tried: list[Probe] = []
+
+
 def _probed() -> Probe:
-    return probe_device()
+    """Try the kernel's KVM, once a process. Until it came to that (no file, no process for it), ask again."""
+    if not _tried:
+        probe = probe_device()
+        if not probe.tried:
+            return probe
+        _tried.append(probe)
+    return _tried[0]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from anykvm.backends.child import SECONDS, try_device
+from anykvm.backends.child import SECONDS, NotTried, try_device
 from anykvm.backends.selftest import self_test
 
 _VENDOR: Final = ("kvm_intel", "kvm_amd", "kvm_pvm")
@@ -32,6 +32,8 @@ class Probe(NamedTuple):
     """Why it is or is not usable, one line."""
     notes: tuple[str, ...] = ()
     """What a user should know about it even so, one line each."""
+    tried: bool = False
+    """A guest was run, or the attempt failed. False if it did not come to that: the answer may be another soon."""
 
 
 class Kernel(NamedTuple):
@@ -81,15 +83,19 @@ def probe_device(path: str = "/dev/kvm", kernel: Kernel = KERNEL, seconds: float
     """Find out whether the kernel's KVM is usable: it exists, opens, and runs a two-instruction guest.
 
     A child process tries it, for at most ``seconds``: a kernel that kills or hangs its caller is an answer too.
+    Where no child can be started it is not tried, and counts as not usable.
     """
     notes = device_notes(kernel)
     if not os.path.exists(path):
         return Probe("device", False, f"{path} does not exist: {_missing(path, kernel)}", notes)
     if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):
         return Probe("device", False, f"no permission to read and write {path}: {_permission(path)}", notes)
-    failure = try_device(path, seconds)
+    try:
+        failure = try_device(path, seconds)
+    except NotTried as error:
+        return Probe("device", False, f"{path} was not tried: {error}", notes)
     reason = f"self-test failed: {failure}" if failure else f"{path} runs guests"
-    return Probe("device", failure is None, reason, notes)
+    return Probe("device", failure is None, reason, notes, tried=True)
 
 
 def _missing(path: str, kernel: Kernel) -> str:
@@ -149,4 +155,4 @@ def probe_soft(profile: str | None = None) -> Probe:
         return Probe("soft", False, str(error))
     failure = self_test(backend)
     reason = f"self-test failed: {failure}" if failure else f"runs guests, profile {backend.profile}"
-    return Probe("soft", failure is None, reason)
+    return Probe("soft", failure is None, reason, tried=True)

@@ -39,18 +39,21 @@ def _run(backend: Backend, memory: int, opened: list[int]) -> str | None:
     if version != abi.KVM_API_VERSION:
         return f"KVM_GET_API_VERSION is {version}, not {abi.KVM_API_VERSION}"
     length = backend.ioctl(system, abi.KVM_GET_VCPU_MMAP_SIZE)
+    if length < ctypes.sizeof(abi.kvm_run):
+        return f"KVM_GET_VCPU_MMAP_SIZE is {length}, less than kvm_run's {ctypes.sizeof(abi.kvm_run)}"
     opened.append(vm := backend.ioctl(system, abi.KVM_CREATE_VM))
     region = abi.kvm_userspace_memory_region(memory_size=PAGE_SIZE, userspace_addr=memory)
     backend.ioctl(vm, abi.KVM_SET_USER_MEMORY_REGION, ctypes.addressof(region))
     opened.append(vcpu := backend.ioctl(vm, abi.KVM_CREATE_VCPU))
     address = backend.mmap(vcpu, length, 0)
     try:
-        return _drive(backend, vcpu, abi.kvm_run.from_address(address), address)
+        return _drive(backend, vcpu, abi.kvm_run.from_address(address), (address, length))
     finally:
         backend.munmap(address, length)
 
 
-def _drive(backend: Backend, vcpu: int, run: abi.kvm_run, address: int) -> str | None:
+def _drive(backend: Backend, vcpu: int, run: abi.kvm_run, mapped: tuple[int, int]) -> str | None:
+    address, length = mapped
     sregs = abi.kvm_sregs()
     backend.ioctl(vcpu, abi.KVM_GET_SREGS, ctypes.addressof(sregs))
     sregs.cs.base = sregs.cs.selector = 0
@@ -60,6 +63,8 @@ def _drive(backend: Backend, vcpu: int, run: abi.kvm_run, address: int) -> str |
     backend.ioctl(vcpu, abi.KVM_RUN)
     if run.exit_reason != abi.KVM_EXIT_IO or (run.io.direction, run.io.port) != (abi.KVM_EXIT_IO_OUT, 0xF1):
         return f"a guest's OUT gave {abi.exit_name(run.exit_reason)}, not KVM_EXIT_IO for port 0xf1"
+    if run.io.data_offset >= length:
+        return f"kvm_run.io.data_offset is {run.io.data_offset:#x}, beyond the mapped {length:#x} bytes"
     value = ctypes.c_uint8.from_address(address + run.io.data_offset).value
     if value != 0x5A:
         return f"a guest's OUT of 0x5a arrived as {value:#x}"

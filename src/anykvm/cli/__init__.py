@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +15,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from anykvm.cli.app import run
 
         code = run(sys.argv[1:] if arguments is None else list(arguments))
+        if arguments is None:
+            _quiet_end()
     except KeyboardInterrupt:
-        print("anykvm: interrupted", file=sys.stderr)
+        if arguments is None:
+            _quiet_end()
+        with contextlib.suppress(OSError):
+            print("anykvm: interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _quiet_end() -> None:
+    """Let Ctrl-C kill the process from here on: in the interpreter's own end it would only give a traceback.
+
+    The output that is left is not lost: it was flushed. If the streams cannot be flushed, that was told.
+    """
+    with contextlib.suppress(ValueError):  # another thread than the main one
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import anykvm
 from anykvm.abi.names import CAP_NAMES
-from anykvm.backends import soft_backend
+from anykvm.backends import probe_device, soft_backend
 from anykvm.backends.device import DeviceBackend
 from anykvm.backends.soft.profiles import PROFILES
-from anykvm.cli.common import ExitCode, JsonOption, print_json
+from anykvm.cli.common import ExitCode, JsonOption
+from anykvm.cli.output import line, print_json, shown, table
 
 HELP = """Show the capabilities of each backend and profile, as KVM_CHECK_EXTENSION of the system file answers.
 
@@ -44,6 +43,9 @@ def caps(
 
 
 def _ask(name: str, profile: str) -> Column:
+    # Asked in this process only once a child has tried it: some kernels kill or hang their caller.
+    if name == "device" and not (probe := probe_device()).usable:
+        return Column(name, profile, {}, probe.reason)
     try:
         backend = DeviceBackend() if name == "device" else soft_backend(profile)
         with anykvm.open(backend) as kvm:
@@ -64,21 +66,19 @@ def _plain(column: Column, everything: bool) -> dict[str, Any]:
 
 
 def _show(columns: list[Column], everything: bool) -> None:
-    console = Console(highlight=False)
     asked = [column for column in columns if column.problem is None]
-    table = Table("capability", box=None, header_style="bold", pad_edge=False)
-    for column in asked:
-        table.add_column(f"{column.backend}\n{column.profile}", justify="right", overflow="fold")
+    rows = []
     for name in CAP_NAMES.values():
         values = [column.values[name] for column in asked]
         if everything or any(values):
-            table.add_row(name.removeprefix("KVM_CAP_"), *(_number(value) for value in values))
+            rows.append((name.removeprefix("KVM_CAP_"), *map(_number, values)))
     if asked:
-        console.print(table)
+        head = ("capability", *(f"{column.backend}/{column.profile}" for column in asked))
+        table(head, rows, right=range(1, len(head)))
     for column in columns:
         if column.problem:
-            console.print(f"{column.backend}/{column.profile} cannot be asked: {column.problem}", markup=False)
+            line(f"{column.backend}/{column.profile} cannot be asked: {shown(column.problem)}")
 
 
 def _number(value: int) -> str:
-    return "[dim]-[/]" if not value else str(value) if value < 100_000 else hex(value)
+    return "" if not value else str(value) if value < 100_000 else hex(value)

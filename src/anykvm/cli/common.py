@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import json
-import os
-import sys
+import math
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Final
 
 import typer
 
 import anykvm
-from anykvm.backends import NAMES, Selection, select
-from anykvm.backends.soft.profiles import PROFILES
+from anykvm.backends import NAMES, Selection, select, soft_backend
+from anykvm.backends.probe import emulated
+from anykvm.backends.soft.profiles import PROFILES, RESEARCH
+
+LONGEST: Final = 1_000_000_000
+"""Seconds; 31 years. Beyond it the kernel's timers and Python's overflow."""
 
 
 class ExitCode(enum.IntEnum):
@@ -33,7 +34,7 @@ class ExitCode(enum.IntEnum):
     INTERNAL = 6
     """KVM gave up: internal error, failed entry, an exit nothing here can serve."""
     ERRNO = 7
-    """KVM_RUN or another ioctl failed with an errno that is not an exit."""
+    """KVM_RUN, another ioctl, or writing the output failed with an errno."""
     LIMIT = 8
     FILE = 9
     """The file changed while the guest ran."""
@@ -41,6 +42,8 @@ class ExitCode(enum.IntEnum):
     """Explained, by more than one possible cause."""
     NOTHING = 11
     """There was no failure to explain."""
+    BUG = 70
+    """anykvm itself is wrong. With ANYKVM_DEBUG=1 the traceback is shown."""
     TIMEOUT = 124
     HUNG_UP = 129
     """SIGHUP: the terminal is gone."""
@@ -57,11 +60,12 @@ class Fail(Exception):
         self.code = code
 
 
+_KNOWN = f"{', '.join(PROFILES)}; for research {', '.join(RESEARCH)}"
 BackendOption = Annotated[
     str, typer.Option("--backend", metavar="|".join(NAMES), help="Whose KVM: the kernel's, or the one in user space.")
 ]
 ProfileOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help=f"Whose behaviour, with the soft backend: {', '.join(PROFILES)}.")
+    str | None, typer.Option(metavar="NAME", help=f"Whose behaviour, with the soft backend: {_KNOWN}.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout instead of a table.")]
 
@@ -76,6 +80,29 @@ def choose(name: str, profile: str | None) -> Selection:
         raise Fail(ExitCode.BACKEND, f"{name} backend: {error}") from None
 
 
+def choose_for_faults(name: str, profile: str | None) -> Selection:
+    """Choose as ``choose``, but ``auto`` does not take a KVM that cannot report faults on guest memory."""
+    selection = choose(name, profile)
+    if name == "auto" and profile is None and selection.backend.name == "device" and (why := emulated()):
+        return Selection(soft_backend(), f"device: {why[0].split(';')[0]}, so no faults", selection.probes)
+    return selection
+
+
+def seconds(text: str) -> float:
+    """Read a time in seconds. Raises typer.BadParameter for what is none that can be waited for.
+
+    >>> seconds("0.5")
+    0.5
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= LONGEST:  # also false for nan
+        raise typer.BadParameter(f"{text!r} is not a number of seconds from 0 to {LONGEST:,}")
+    return value
+
+
 @contextlib.contextmanager
 def opened(selection: Selection) -> Iterator[anykvm.Kvm]:
     """Open KVM on a chosen backend, failing in one line."""
@@ -85,20 +112,3 @@ def opened(selection: Selection) -> Iterator[anykvm.Kvm]:
         raise Fail(ExitCode.BACKEND, f"{selection.backend.name} backend: {error}; try `anykvm doctor`") from None
     with kvm:
         yield kvm
-
-
-def check_writable(option: str, path: str | Path, *, replaced: bool = False) -> None:
-    """Fail in one line if a file cannot be written: before the work whose result goes there, not behind it.
-
-    ``replaced``: it is renamed into its place, so what counts is the folder.
-    """
-    path = Path(path)
-    there = path if path.exists() and not replaced else path.parent
-    if path.is_dir() or not (there is path or there.is_dir()) or not os.access(there, os.W_OK):
-        raise Fail(ExitCode.USAGE, f"{option} {path}: cannot be written there")
-
-
-def print_json(value: Any) -> None:
-    """Print to stdout, for a machine."""
-    json.dump(value, sys.stdout, indent=2)
-    sys.stdout.write("\n")

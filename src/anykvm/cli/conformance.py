@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TextIO
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from anykvm.backends.soft.profiles import PROFILES
 from anykvm.cli import sequences
-from anykvm.cli.common import ExitCode, Fail, JsonOption, ProfileOption, check_writable, choose, print_json
+from anykvm.cli.common import ExitCode, Fail, JsonOption, ProfileOption, choose, seconds
+from anykvm.cli.output import Output, line, print_json, shown, styled, table
+from anykvm.cli.progress import Scenarios as Progress
 from anykvm.conformance import record as recorder
 from anykvm.conformance import report
 from anykvm.conformance.records_of import Records, find, kernel_names, kernel_records
@@ -24,12 +24,17 @@ LIST_HELP = "List the scenarios: their area, what they need, and in how many ste
 RECORD_HELP = """Run scenarios on a backend and write a file of records.
 
 By default all that leave the machine as it is. On /dev/kvm only if asked for by name, and never on a KVM whose machine
-you need: scenarios send it bad input. Exit code: 2 wrong usage; 3 the backend cannot be used."""
+you need: scenarios send it bad input. OUTPUT replaces an older file only when it is complete; it may be a device, a
+FIFO, or - for standard output. Exit code: 2 wrong usage, or OUTPUT cannot be written to; 3 the backend cannot be used;
+7 writing OUTPUT failed."""
 COMPARE_HELP = """Compare records with those expected.
 
 Each is a kernel's name (see `anykvm conformance list`), a file of records, or soft, soft:PROFILE or device to record
-now. The table counts the scenarios of each area that agree, and names the others. A difference that is known, with its
-reason (see --verbose, or the page), is no failure. Exit code: 0 if there is no other, 1 if there is."""
+now. The differences are printed, a line each, and after them how many scenarios agree. --all also prints a table of all
+scenarios. A difference that is known, with its reason (see --verbose, or the page), is no failure. The page replaces an
+older one only when it is complete; FILE may be a device, a FIFO, or - for standard output; what else is printed then
+goes to stderr. Exit code: 0 if there is no difference but known ones, 1 if there is; 2 wrong usage, or a file cannot be
+used; 3 a backend cannot be used; 7 writing the output failed."""
 
 app = typer.Typer(help=HELP, add_completion=False, rich_markup_mode=None)
 app.command("random", help=sequences.HELP)(sequences.random)
@@ -54,19 +59,13 @@ def list_scenarios(json: JsonOption = False) -> None:
     if json:
         print_json({"kernels": {name: records.title for name, records in kernels.items()}, "scenarios": rows})
         return
-    table = Table(*map(_whole, ("scenario", "area")), "needs", *kernels)
+    lines = []
     for scenario in scenarios:
-        counts = [str(len(records.scenarios.get(scenario.name, ())) or "-") for records in kernels.values()]
-        table.add_row(escape(scenario.name), escape(scenario.area), ", ".join(sorted(scenario.needs)), *counts)
-    console = Console(highlight=False)
-    console.print(table)
+        counts = [str(len(records.scenarios.get(scenario.name, ())) or "") for records in kernels.values()]
+        lines.append((scenario.name, scenario.area, ",".join(sorted(scenario.needs)), *counts))
+    table(("scenario", "area", "needs", *kernels), lines, right=range(3, 3 + len(kernels)))
     for name, records in kernels.items():
-        console.print(f"{name}: {escape(records.title)}", soft_wrap=True)
-
-
-def _whole(head: str) -> Column:
-    """Make a column whose text is never cut off."""
-    return Column(head, overflow="fold")
+        line(f"{name}: {shown(records.title)}")
 
 
 @app.command("record", help=RECORD_HELP)
@@ -74,21 +73,25 @@ def record(
     output: Annotated[Path, typer.Argument(help="The file to write.")],
     backend: Annotated[Literal["soft", "device"], typer.Option(help="Whose KVM: the kernel's only by name.")] = "soft",
     profile: ProfileOption = None,
-    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds a scenario may take at most.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(parser=seconds, metavar="SECONDS", help="The most a scenario may take.")
+    ] = None,
     intrusive: Annotated[bool, typer.Option("--intrusive", help="Also those that change the machine.")] = False,
     scenarios: Scenarios = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name each scenario on stderr.")] = False,
 ) -> None:
     """Write a file of records."""
     chosen = choose(backend, profile).backend
     _check(scenarios)
-    check_writable("OUTPUT", output)
     _require(backend)
-    options = ["--backend", chosen.name, "--output", str(output), *(["--intrusive"] if intrusive else [])]
-    if chosen.name == "soft":
-        options += ["--profile", chosen.profile]
-    if timeout is not None:
-        options += ["--timeout", str(timeout)]
-    recorder.main([*options, *(scenarios or [])])
+    names = scenarios or [name for name, scenario in load().items() if intrusive or not scenario.intrusive]
+    progress = Progress(chosen.name, len(names), verbose)
+    with Output("OUTPUT", output) as out:
+        try:
+            text = recorder.recorded(names, chosen.name, profile, progress.started, timeout)
+        finally:
+            progress.end()
+        out.write(text)
 
 
 def _soft_as(expected: str) -> str:
@@ -103,33 +106,43 @@ def compare(
     scenarios: Scenarios = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.")] = None,
     json: JsonOption = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print each difference, and why if known.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also a table of all areas and scenarios.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also known differences, and why; name scenarios as they run.")
+    ] = False,
 ) -> None:
-    """Compare and print a table."""
+    """Compare, and print the differences."""
     _check(scenarios)
-    if html:
-        check_writable("--html", html)
-    for spec in (expected, *(got or ())):
-        _require(spec)
-    wanted = _records(expected, scenarios)
-    if missing := [name for name in scenarios or () if name not in wanted.scenarios]:
-        raise Fail(ExitCode.USAGE, f"{expected} has no records of {', '.join(missing)}")
-    names = scenarios or list(wanted.scenarios)
-    others = [_records(spec, [n for n in names if n in load()]) for spec in got or [_soft_as(expected)]]
-    comparison = report.compare(wanted, others, scenarios)
-    if json:
-        print_json(_plain(comparison))
-    else:
-        _show(comparison, verbose)
-    if html:
-        html.write_text(report.html(comparison))
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(Output("--html", html, expected, *(got or ()))) if html else None
+        if json and out and out.is_stdout:
+            raise Fail(ExitCode.USAGE, "--json and --html - cannot both go to stdout")
+        comparison = _compared(expected, got, scenarios, verbose)
+        if json:
+            print_json(_plain(comparison))
+        else:
+            _show(comparison, out.others if out else sys.stdout, everything, verbose)
+        if out:
+            out.write(report.html(comparison))
     if comparison.differing:
         raise typer.Exit(ExitCode.FAILED)
 
 
+def _compared(expected: str, got: list[str] | None, scenarios: list[str] | None, verbose: bool) -> report.Comparison:
+    for spec in (expected, *(got or ())):
+        _require(spec)
+    wanted = _records(expected, scenarios, verbose)
+    if missing := [name for name in scenarios or () if name not in wanted.scenarios]:
+        raise Fail(ExitCode.USAGE, f"{expected} has no records of {', '.join(missing)}")
+    names = scenarios or list(wanted.scenarios)
+    specs = got or [_soft_as(expected)]
+    others = [_records(spec, [name for name in names if name in load()], verbose) for spec in specs]
+    return report.compare(wanted, others, scenarios)
+
+
 def _check(scenarios: list[str] | None) -> None:
     if unknown := [name for name in scenarios or () if name not in load()]:
-        raise Fail(ExitCode.USAGE, f"no scenario is named {', '.join(unknown)}; see `anykvm conformance list`")
+        raise Fail(ExitCode.USAGE, f"no scenario is named {shown(', '.join(unknown))}; see `anykvm conformance list`")
 
 
 def _require(spec: str) -> None:
@@ -139,19 +152,20 @@ def _require(spec: str) -> None:
         raise Fail(ExitCode.BACKEND, str(error)) from None
 
 
-def _records(spec: str, names: list[str] | None) -> Records:
+def _records(spec: str, names: list[str] | None, verbose: bool) -> Records:
     # What changes the machine is only recorded on request, by `record --intrusive`.
     harmless = [name for name in names or load() if not load()[name].intrusive]
-
-    def started(name: str) -> None:
-        print(f"{spec}: {name}", file=sys.stderr, flush=True)
-
+    progress = Progress(shown(spec), len(harmless), verbose)
     try:
-        return find(spec, harmless, started)
+        return find(spec, harmless, progress.started)
     except ValueError as error:
         raise Fail(ExitCode.USAGE, str(error)) from None
+    except OSError as error:
+        raise Fail(ExitCode.USAGE, f"{shown(spec)}: {error.strerror or error}") from None
     except (ImportError, RuntimeError) as error:
-        raise Fail(ExitCode.BACKEND, f"{spec}: {error}") from None
+        raise Fail(ExitCode.BACKEND, f"{shown(spec)}: {error}") from None
+    finally:
+        progress.end()
 
 
 def _plain(comparison: report.Comparison) -> dict[str, object]:
@@ -181,27 +195,26 @@ def _plain(comparison: report.Comparison) -> dict[str, object]:
 _COLOURS: Final = {"agrees": "green", "known": "yellow", "differs": "red", "none": "dim"}
 
 
-def _coloured(kind: str, text: str) -> str:
-    return f"[{_COLOURS[kind]}]{text}[/]"
+def _show(comparison: report.Comparison, to: TextIO, everything: bool, verbose: bool) -> None:
+    """Print what differs first; what is as expected only if asked for."""
+    line(f"expected: {styled(shown(comparison.expected), 'bold', to)}", to)
+    for row in comparison.rows:
+        for label, cell in zip(map(shown, comparison.labels), row.cells, strict=True):
+            for difference in cell.differences:
+                line(styled(f"{label}: {shown(str(difference))}", "red", to), to)
+            for difference, reason in cell.known if verbose else ():
+                line(f"{label}: known: {shown(str(difference))}: {shown(reason)}", to)
+    if everything:
+        _table(comparison, to)
+    totals = zip(comparison.labels, comparison.titles, comparison.tallies, strict=True)
+    for label, title, tally in totals:
+        text = f"{shown(label)}: {shown(title)}: scenarios that agree: {tally.text}"
+        line(styled(text, _COLOURS[tally.kind], to), to)
 
 
-def _show(comparison: report.Comparison, verbose: bool) -> None:
-    console = Console(highlight=False)
-    console.print(f"expected: [bold]{escape(comparison.expected)}[/]", soft_wrap=True)
-    table = Table(*map(_whole, ("area", "scenario")), *map(escape, comparison.labels))
+def _table(comparison: report.Comparison, to: TextIO) -> None:
+    rows: list[tuple[str, ...]] = []
     for area in comparison.areas:
-        counts = [_coloured(tally.kind, tally.text) for tally in area.tallies]
-        table.add_row(f"[bold]{escape(area.name)}[/]", "", *counts)
-        for row in area.rows:
-            if not row.settled:
-                table.add_row("", escape(row.name), *(_coloured(cell.kind, cell.verdict) for cell in row.cells))
-    console.print(table)
-    for label, title, tally in zip(comparison.labels, comparison.titles, comparison.tallies, strict=True):
-        console.print(escape(f"{label}: {title}: scenarios that agree: {tally.text}"), soft_wrap=True)
-    if verbose:
-        for row in comparison.rows:
-            for label, cell in zip(comparison.labels, row.cells, strict=True):
-                for difference in cell.differences:
-                    console.print(escape(f"{label}: {difference}"), soft_wrap=True)
-                for difference, reason in cell.known:
-                    console.print(escape(f"{label}: known: {difference}: {reason}"), soft_wrap=True)
+        rows.append((area.name, "all", *(tally.text for tally in area.tallies)))
+        rows += [(area.name, row.name, *(cell.verdict for cell in row.cells)) for row in area.rows]
+    table(("area", "scenario", *comparison.labels), rows, stream=to)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from anykvm.backends import Probe, probe_device, probe_soft
-from anykvm.cli.common import ExitCode, JsonOption, print_json
+from anykvm.cli.common import ExitCode, JsonOption
+from anykvm.cli.output import line, print_json, shown, styled
 
 HELP = """Say which backends are usable here, and why not the others.
 
@@ -33,11 +32,10 @@ def _plain(probe: Probe) -> dict[str, Any]:
 
 
 def _show(probes: tuple[Probe, ...], chosen: str | None) -> None:
-    console = Console(highlight=False)
     for probe in probes:
-        mark = "[green]usable    [/]" if probe.usable else "[red]not usable[/]"
-        console.print(f"[bold]{probe.name:7}[/] {mark} {escape(probe.reason)}", soft_wrap=True)
+        mark = styled("usable    ", "green") if probe.usable else styled("not usable", "red")
+        line(f"{styled(f'{probe.name:7}', 'bold')} {mark} {shown(probe.reason)}")
         for note in probe.notes:
-            console.print(f"                   {escape(note)}", style="dim", soft_wrap=True)
+            line(styled(f"{'':18} {shown(note)}", "dim"))
     if chosen:
-        console.print(f"--backend auto takes [bold]{chosen}[/]")
+        line(f"--backend auto takes {styled(chosen, 'bold')}")

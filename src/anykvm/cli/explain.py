@@ -18,9 +18,11 @@ from anykvm.cli.common import (
     JsonOption,
     ProfileOption,
     choose,
+    choose_for_faults,
     opened,
-    print_json,
 )
+from anykvm.cli.injection import InjectOption, injecting
+from anykvm.cli.output import line, print_json
 
 if TYPE_CHECKING:
     from anykvm.cli.explanation import Report
@@ -33,20 +35,21 @@ goes to stdout, the guest's exits and output to stderr. It is worked out from th
 guest's page tables, the memslots and the host's mappings, and takes no help from the backend; where KVM itself
 annotates the failure (kvm_run.memory_fault), the two are compared.
 
-The backend is soft unless another is asked for, with profile linux-7.3, which fails as that kernel: a bare EFAULT.
-Profile documented annotates.
+The backend is the kernel's KVM if that works and can report faults, else the soft one, with profile linux-7.3, which
+fails as that kernel: a bare EFAULT. Profile documented annotates.
 
 Exit codes: 0 one cause was found, and KVM's own annotation, if there is one, agrees; 1 none was found, or it is not
 the page that KVM names; 2 wrong usage or image; 3 no usable backend; 4 shutdown; 6 internal error or an exit not
-served here; 7 KVM_RUN failed with another errno; 8 --max-exits reached; 10 several causes are possible, all are
-listed; 11 the guest halted, there is nothing to explain; 124 --timeout over; 129 hung up; 130 interrupted; 143
-terminated."""
+served here; 7 KVM_RUN failed with another errno, or the output could not be written; 8 --max-exits reached; 10 several
+causes are possible, all are listed; 11 the guest halted, there is nothing to explain; 70 a bug of anykvm; 124 --timeout
+over; 129 hung up; 130 interrupted; 143 terminated."""
 
 _PROFILE = "linux-7.3"
 
 
 def explain(
     image: guest.ImageArgument,
+    format: guest.FormatOption = "auto",
     mode: guest.ModeOption = "auto",
     load: guest.LoadOption = None,
     entry: guest.EntryOption = None,
@@ -59,8 +62,9 @@ def explain(
     timeout: guest.TimeoutOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No exits, no output; only which backend.")] = False,
     json: JsonOption = False,
-    backend: BackendOption = "soft",
+    backend: BackendOption = "auto",
     profile: ProfileOption = None,
+    inject: InjectOption = None,
 ) -> None:
     """Run an image into a failure, and explain that."""
     # Only here: the disassembler is large, and other commands need none.
@@ -68,24 +72,24 @@ def explain(
     from anykvm.layers.annotate import Annotate
 
     accidents = guest.Accidents(no_access or [], read_only or [], unmap or [], beyond_file)
-    wanted = guest.settings(image, (mode, load, entry), memory, accidents, (max_exits, timeout))
+    wanted = guest.settings(image, guest.Format(format, mode, load, entry), memory, accidents, (max_exits, timeout))
     selection = _choose(backend, profile)
-    layer = Annotate(selection.backend)
     guest.say_backend(selection)
     with ExitStack() as stack:
+        layer = Annotate(stack.enter_context(injecting(selection, inject)).backend)
         kvm = stack.enter_context(opened(selection._replace(backend=layer)))
         vcpu = guest.machine(stack, kvm, wanted)
         report = _run(layer, vcpu, wanted, quiet)
     if json:
         print_json(report.plain())
     else:
-        print(text(report))
+        line(text(report))
     _finish(report)
 
 
 def _choose(backend: str, profile: str | None) -> Selection:
     """Choose a backend; the soft one fails as a kernel unless its profile is asked for."""
-    selection = choose(backend, profile)
+    selection = choose_for_faults(backend, profile)
     if selection.backend.name == "soft" and profile is None:
         selection = selection._replace(backend=choose("soft", _PROFILE).backend)
     return selection

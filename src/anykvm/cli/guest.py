@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Annotated, Any, Final, Literal, NamedTuple
@@ -13,8 +12,10 @@ import typer
 
 from anykvm.api import Exit, GuestMemory, Hlt, Kvm, MemoryFault, Shutdown, SystemEvent, Vcpu
 from anykvm.backends import Selection
-from anykvm.cli.common import ExitCode, Fail
-from anykvm.vmm import loaders, modes
+from anykvm.cli import output
+from anykvm.cli.common import ExitCode, Fail, choose, choose_for_faults, seconds
+from anykvm.cli.output import shown
+from anykvm.vmm import formats, loaders, modes
 from anykvm.vmm.interrupts import TimeLimit, watched
 from anykvm.vmm.loop import TooManyExits, describe, drive
 from anykvm.vmm.serial import Console
@@ -58,12 +59,16 @@ def page_range(text: str) -> Range:
 
 
 def _ranges(*names: str, help: str) -> Any:
-    return Annotated[list[Range] | None, typer.Option(*names, parser=page_range, metavar="GPA[:LENGTH]", help=help)]
+    return typer.Option(*names, parser=page_range, metavar="GPA[:LENGTH]", help=help)
 
 
 ImageArgument = Annotated[str, typer.Argument(metavar="IMAGE", help="The file.")]
 ModeOption = Annotated[
     Literal["auto", "real", "protected", "long"], typer.Option("--mode", help="The mode the guest starts in.")
+]
+FormatOption = Annotated[
+    Literal["auto", "flat", "elf"],
+    typer.Option("--format", help="What IMAGE is. If given, it is run even if it looks like something else."),
 ]
 LoadOption = Annotated[
     int | None,
@@ -75,18 +80,24 @@ EntryOption = Annotated[
     int | None, typer.Option("--entry", parser=number, metavar="GPA", help="The first instruction [the image's own].")
 ]
 MemoryOption = Annotated[int, typer.Option("--memory", parser=number, metavar="SIZE", help="Guest memory, from 0 on.")]
-NoAccessOption = _ranges("--no-access", "--hole", help="Map these pages PROT_NONE: no access is possible.")
-ReadOnlyOption = _ranges("--read-only", help="Map these pages PROT_READ: a write is not possible.")
-UnmapOption = _ranges("--unmap", help="Unmap these pages: the host has nothing there.")
+NoAccessOption = Annotated[
+    list[Range] | None, _ranges("--no-access", "--hole", help="Map these pages PROT_NONE: no access is possible.")
+]
+ReadOnlyOption = Annotated[
+    list[Range] | None, _ranges("--read-only", help="Map these pages PROT_READ: a write is not possible.")
+]
+UnmapOption = Annotated[list[Range] | None, _ranges("--unmap", help="Unmap these pages: the host has nothing there.")]
 BeyondFileOption = Annotated[
     int | None,
     typer.Option(
         "--beyond-file", parser=number, metavar="GPA", help="The memory is a file, cut off there when the guest starts."
     ),
 ]
-MaxExitsOption = Annotated[int | None, typer.Option("--max-exits", min=1, help="Stop behind so many exits.")]
+MaxExitsOption = Annotated[
+    int | None, typer.Option("--max-exits", min=1, metavar="N", help="Stop after so many exits.")
+]
 TimeoutOption = Annotated[
-    float | None, typer.Option("--timeout", min=0, metavar="SECONDS", help="Stop the guest then.")
+    float | None, typer.Option("--timeout", parser=seconds, metavar="SECONDS", help="Stop the guest then.")
 ]
 MEMORY: Final[Any] = "16M"
 """Default of MemoryOption, as on the command line: its parser reads it."""
@@ -99,6 +110,10 @@ class Accidents(NamedTuple):
     read_only: list[Range]
     unmap: list[Range]
     beyond_file: int | None
+
+    def __bool__(self) -> bool:
+        """Tell whether there are any."""
+        return bool(self.no_access or self.read_only or self.unmap or self.beyond_file is not None)
 
     def check(self, size: int) -> None:
         """Fail in one line if one is not within memory of ``size`` bytes."""
@@ -123,6 +138,15 @@ class Accidents(NamedTuple):
             ram.unmap(start, length)
 
 
+class Format(NamedTuple):
+    """What the command line says of the image."""
+
+    format: Literal["auto", "flat", "elf"]
+    mode: Literal["auto"] | loaders.Mode
+    load: int | None
+    entry: int | None
+
+
 class Settings(NamedTuple):
     """A guest as the command line describes it."""
 
@@ -136,50 +160,74 @@ class Settings(NamedTuple):
 
 def settings(
     path: str,
-    how: tuple[Literal["auto"] | loaders.Mode, int | None, int | None],
+    how: Format,
     memory: int,
     accidents: Accidents,
     limits: tuple[int | None, float | None],
 ) -> Settings:
-    """Check the options and read the image; ``how`` is mode, load, entry. Fails in one line."""
+    """Check the options and read the image. Fails in one line."""
     if not 0 < memory <= _LARGEST_MEMORY or memory % _PAGE:
         raise Fail(ExitCode.USAGE, f"--memory {memory:#x} is not a number of whole pages up to 3 GiB")
     accidents.check(memory)
-    return Settings(path, _image(path, *how), memory, accidents, *limits)
+    return Settings(path, _image(path, how), memory, accidents, *limits)
 
 
-def _image(path: str, mode: Literal["auto"] | loaders.Mode, load: int | None, entry: int | None) -> loaders.Image:
-    data = _read(path)
+def _image(path: str, how: Format) -> loaders.Image:
     try:
-        if loaders.detect(data):
-            if load is not None:
-                raise Fail(ExitCode.USAGE, "--load is for flat binaries; an ELF file says itself where it goes")
-            image = loaders.elf(data, entry)
-            return image if mode == "auto" else image._replace(mode=mode)
-        chosen = "real" if mode == "auto" else mode
-        return loaders.flat(data, _LOAD[chosen] if load is None else load, chosen, entry)
+        data = _read(path)
+        is_elf = loaders.detect(data) if how.format == "auto" else how.format == "elf"
+        if is_elf and how.load is not None:
+            raise Fail(ExitCode.USAGE, "--load is for flat binaries; an ELF file says itself where it goes")
+        if how.format == "auto" and (foreign := formats.recognise(data)):
+            raise loaders.ImageError(f"{foreign.what}; {foreign.runs}{_insist(data, is_elf)}")
+        if is_elf:
+            image = loaders.elf(data, how.entry)
+            return image if how.mode == "auto" else image._replace(mode=how.mode)
+        chosen = "real" if how.mode == "auto" else how.mode
+        return loaders.flat(data, _LOAD[chosen] if how.load is None else how.load, chosen, how.entry)
     except loaders.ImageError as error:
-        raise Fail(ExitCode.USAGE, f"{path}: {error}") from None
+        raise Fail(ExitCode.USAGE, f"{shown(path)}: {error}") from None
+
+
+def _insist(data: bytes, is_elf: bool) -> str:
+    """Say how to run it nevertheless, where that is possible."""
+    if is_elf:
+        try:
+            loaders.elf(data)
+        except loaders.ImageError:
+            return ""
+    return f"; --format {'elf' if is_elf else 'flat'} runs it here nevertheless"
 
 
 def _read(path: str) -> bytes:
+    """Read a file. Raises ImageError; fails in one line if it cannot be read."""
     try:
         # Without O_NONBLOCK, opening a FIFO would wait for its other end.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise Fail(ExitCode.USAGE, f"{path}: {error.strerror}") from None
+        raise Fail(ExitCode.USAGE, f"{shown(path)}: {error.strerror}") from None
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise Fail(ExitCode.USAGE, f"{path}: not a regular file")
-        if status.st_size > _LARGEST_IMAGE:
-            raise Fail(ExitCode.USAGE, f"{path}: larger than 1 GiB")
+            raise loaders.ImageError(f"not a regular file: {formats.kind_of_file(status.st_mode)}")
         with open(fd, "rb", closefd=False) as file:
+            if status.st_size > _LARGEST_IMAGE:
+                foreign = formats.recognise(file.read(formats.ENOUGH), _tail(fd, status.st_size))
+                raise loaders.ImageError(f"larger than 1 GiB{f': {foreign.what}; {foreign.runs}' if foreign else ''}")
             return file.read()
     except OSError as error:
-        raise Fail(ExitCode.USAGE, f"{path}: {error.strerror}") from None
+        raise Fail(ExitCode.USAGE, f"{shown(path)}: {error.strerror}") from None
     finally:
         os.close(fd)
+
+
+def _tail(fd: int, size: int) -> bytes:
+    return os.pread(fd, _PAGE, size - _PAGE)
+
+
+def choose_backend(name: str, profile: str | None, accidents: Accidents) -> Selection:
+    """Choose a backend; one that can report faults, if host memory is to be taken away."""
+    return choose_for_faults(name, profile) if accidents else choose(name, profile)
 
 
 def machine(stack: ExitStack, kvm: Kvm, wanted: Settings) -> Vcpu:
@@ -196,7 +244,7 @@ def machine(stack: ExitStack, kvm: Kvm, wanted: Settings) -> Vcpu:
     try:
         _start(vcpu, ram, wanted.image)
     except ValueError as error:
-        raise Fail(ExitCode.USAGE, f"{wanted.path}: {error}") from None
+        raise Fail(ExitCode.USAGE, f"{shown(wanted.path)}: {error}") from None
     stack.enter_context(watched(vcpu, wanted.timeout))
     wanted.accidents.happen(ram, file)
     return vcpu
@@ -251,6 +299,6 @@ def say_backend(selection: Selection) -> None:
     say(f"backend {selection.backend.name}, profile {selection.backend.profile}: {selection.reason}")
 
 
-def say(line: str) -> None:
-    """Print to stderr."""
-    print(line, file=sys.stderr)
+def say(text: str) -> None:
+    """Print a line to stderr."""
+    output.say(text)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from anykvm.cli.common import ExitCode, Fail
+from anykvm.cli.common import ExitCode, Fail, seconds
+from anykvm.cli.output import LiveFile, shown
 from anykvm.cli.progress import Progress
 from anykvm.conformance.oracle import OracleError, Settings, run
 from anykvm.conformance.oracle.kernels import DEFAULT
@@ -25,10 +28,11 @@ def oracle(
         str, typer.Option(metavar="VERSION|PATH", help="The newest of Debian's that begins so, or an image's path.")
     ] = DEFAULT,
     timeout: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds, booting included; then exit code 124.")
+        float | None,
+        typer.Option(parser=seconds, metavar="SECONDS", help="Booting included; then exit code 124."),
     ] = None,
-    smp: Annotated[int, typer.Option(min=1, max=64, help="CPUs.")] = 1,
-    memory: Annotated[int, typer.Option(min=512, help="MiB.")] = 4096,
+    smp: Annotated[int, typer.Option(min=1, max=64, metavar="N", help="CPUs.")] = 1,
+    memory: Annotated[int, typer.Option(min=512, max=1 << 20, metavar="MIB", help="Of memory.")] = 4096,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A folder COMMAND may write to; made if missing.")
     ] = None,
@@ -36,8 +40,11 @@ def oracle(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
     """Run the machine, and end as the command did."""
-
-    raise typer.Exit(run_oracle(command, Settings(kernel, smp, memory, timeout, output, console), quiet))
+    if output and os.path.exists(output) and not output.is_dir():
+        raise Fail(ExitCode.USAGE, f"--output {shown(output)}: not a folder")
+    with contextlib.ExitStack() as stack:
+        said: Any = stack.enter_context(LiveFile("--console", console)) if console else None
+        raise typer.Exit(run_oracle(command, Settings(kernel, smp, memory, timeout, output, said), quiet))
 
 
 def run_oracle(command: list[str], settings: Settings, quiet: bool = False) -> int:

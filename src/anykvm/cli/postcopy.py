@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from anykvm.backends import Backend, Selection
 from anykvm.backends.probe import emulated
@@ -21,11 +18,10 @@ from anykvm.cli.common import (
     Fail,
     JsonOption,
     ProfileOption,
-    check_writable,
-    choose,
+    choose_for_faults,
     opened,
-    print_json,
 )
+from anykvm.cli.output import Output, line, print_json, shown, styled
 from anykvm.vmm.postcopy import FileError, Result, Source, run
 from anykvm.vmm.resolvers import Unresolvable
 
@@ -37,13 +33,16 @@ ascending order, and joins them at the end. A report with a heat map of the faul
 
 A fault's latency is the VMM's part of it: from KVM_RUN's return with the fault until it is ready to run again.
 
-The backend is soft unless another is asked for. No kernel up to 7.3 reports a fault on ordinary memory as a memory
-fault: there, and with profile linux-7.3, KVM_RUN gives a bare EFAULT, and the Annotate layer works out which page it
-was; that is not in the latencies.
+The backend is the kernel's KVM if that works and can report faults, else the soft one. No kernel up to 7.3 reports a
+fault on ordinary memory as a memory fault: there, and with profile linux-7.3, KVM_RUN gives a bare EFAULT, and the
+Annotate layer works out which page it was; that is not in the latencies.
 
-Exit codes: 0 the CRCs are equal; 1 they are not; 2 wrong usage, or FILE cannot be used; 3 no usable backend; 5 a fault
-could not be resolved, or KVM did not report it as one; 7 KVM failed with an errno; 9 FILE changed while the guest ran;
-129 hung up; 130 interrupted; 143 terminated."""
+The report replaces an older one only when it is complete. PATH may be a device, a FIFO, or - for standard output; what
+else is printed then goes to stderr.
+
+Exit codes: 0 the CRCs are equal; 1 they are not; 2 wrong usage, FILE cannot be used, or PATH cannot be written to; 3 no
+usable backend; 5 a fault could not be resolved, or KVM did not report it as one; 7 KVM or writing the output failed
+with an errno; 9 FILE changed while the guest ran; 70 a bug of anykvm; 129 hung up; 130 interrupted; 143 terminated."""
 
 
 def postcopy(
@@ -55,34 +54,49 @@ def postcopy(
         int, typer.Option(min=0, max=1 << 20, metavar="N", help="Bring N more pages behind each missing one.")
     ] = 0,
     seed: Annotated[int, typer.Option(help="Of the random order.")] = 0,
-    backend: BackendOption = "soft",
+    backend: BackendOption = "auto",
     profile: ProfileOption = None,
     html: Annotated[str, typer.Option(metavar="PATH", help="Where the report goes.")] = "postcopy.html",
     no_html: Annotated[bool, typer.Option("--no-html", help="Write no report.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Run the guest, print the result, write the report."""
-    if not no_html:
-        check_writable("--html", html, replaced=True)
-    selection = _annotated(choose(backend, profile))
-    with _one_line(selection.backend), Source(file) as source:
-        with opened(selection) as kvm, _progress(source, quiet=json) as progress:
-            result = run(kvm, source, order, prefetch, seed, progress)
-        changed = source.changed
-    if not no_html:
-        # Only here: the template engine is large, and most commands need none.
-        from anykvm.vmm.report import write_report
-
-        write_report(html, os.path.basename(_shown(file)), result)
-    report = None if no_html else html
-    if json:
-        print_json(_plain(file, result, report))
-    else:
-        _show(file, result, report)
+    with contextlib.ExitStack() as stack:
+        out = None if no_html else stack.enter_context(Output("--html", html, file))
+        if json and out and out.is_stdout:
+            raise Fail(ExitCode.USAGE, "--json and --html - cannot both go to stdout")
+        chosen = choose_for_faults(backend, profile)
+        selection = _annotated(chosen)
+        with _one_line(selection.backend), Source(file) as source:
+            with opened(selection) as kvm, _progress(source, quiet=json) as progress:
+                result = run(kvm, source, order, prefetch, seed, progress)
+            changed = source.changed
+        unwritten = _write(out, file, result)
+        report = None if out is None or unwritten else html
+        if json:
+            print_json(_plain(file, result, report, chosen.reason))
+        else:
+            _show(file, result, report, chosen, out.others if out else None)
+        if unwritten:
+            raise unwritten
     if not result.correct:
         if changed:
-            raise Fail(ExitCode.FILE, f"{file}: it changed while the guest ran, and the CRCs differ")
+            raise Fail(ExitCode.FILE, f"{shown(file)}: it changed while the guest ran, and the CRCs differ")
         raise Fail(ExitCode.FAILED, f"the guest's CRC {result.crc_guest:08x} is not zlib's {result.crc_zlib:08x}")
+
+
+def _write(out: Output | None, file: str, result: Result) -> Fail | None:
+    """Write the report; give the failure back, for the result is to be shown even so."""
+    if out is None:
+        return None
+    # Only here: the template engine is large, and most commands need none.
+    from anykvm.vmm.report import render
+
+    try:
+        out.write(render(shown(file.rpartition("/")[2]), result))
+    except Fail as failure:
+        return failure
+    return None
 
 
 def _annotated(selection: Selection) -> Selection:
@@ -114,17 +128,21 @@ def _one_line(backend: Backend) -> Iterator[None]:
 @contextlib.contextmanager
 def _progress(source: Source, quiet: bool) -> Iterator[Callable[[int], object]]:
     """Show a bar on a terminal, drawn only when the run calls for it: a thread that draws would delay faults."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    if quiet or not sys.stderr.isatty():
         yield lambda present: None
         return
+    # Only here: it is large, and in a pipe there is no bar.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("post-copy"), BarColumn(), TaskProgressColumn(), TextColumn("{task.completed:,} pages"))
+    console = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False, transient=True) as bar:
         task = bar.add_task("", total=-(-source.size // 4096))
         yield lambda present: bar.update(task, completed=present, refresh=True)
 
 
-def _plain(file: str, result: Result, report: str | None) -> dict[str, Any]:
+def _plain(file: str, result: Result, report: str | None, reason: str) -> dict[str, Any]:
     return {
         "file": file,
         "bytes": result.size,
@@ -135,6 +153,7 @@ def _plain(file: str, result: Result, report: str | None) -> dict[str, Any]:
         "seed": result.seed,
         "backend": result.backend,
         "profile": result.profile,
+        "reason": reason,
         "layers": list(result.layers),
         "seconds": result.wall_ns / 1e9,
         "seconds_handling_faults": result.handling_ns / 1e9,
@@ -147,33 +166,29 @@ def _plain(file: str, result: Result, report: str | None) -> dict[str, Any]:
     }
 
 
-def _show(file: str, result: Result, report: str | None) -> None:
+def _show(file: str, result: Result, report: str | None, chosen: Selection, to: TextIO | None) -> None:
     faults = len(result.faults.page)
     seed = f" (seed {result.seed})" if result.order == "random" else ""
+    why = f" ({chosen.reason})" if chosen.probes else ""
+    verdict = styled("equal", "green", to) if result.correct else styled("different", "red", to)
     rows = [
-        ("file", f"{escape(_shown(file))}, {result.size:,} bytes"),
-        ("backend", f"{result.backend}, profile {result.profile}{_layers(result)}"),
+        ("file", f"{shown(file)}, {result.size:,} bytes"),
+        ("backend", f"{result.backend}, profile {result.profile}{_layers(result)}{why}"),
         ("pages", f"{result.pages:,}, visited in {result.order} order{seed}"),
         ("faults", f"{faults:,}" + (f", prefetching {result.prefetch}" if result.prefetch else "")),
         ("time", f"{result.wall_ns / 1e9:.3f} s, of which {result.handling_ns / 1e9:.3f} s bringing pages"),
         ("faults/s", f"{result.faults_per_second:,.0f}"),
         ("latency", _latency(result)),
-        ("CRC-32", f"guest {result.crc_guest:08x}, zlib {result.crc_zlib:08x}: {_verdict(result)}"),
+        ("CRC-32", f"guest {result.crc_guest:08x}, zlib {result.crc_zlib:08x}: {verdict}"),
     ]
     if report is not None:
-        rows.append(("report", escape(_shown(report))))
-    console = Console(highlight=False)
+        rows.append(("report", shown(report)))
     for label, text in rows:
-        console.print(f"[bold]{label:9}[/] {text}", soft_wrap=True)
+        line(f"{styled(f'{label:9}', 'bold', to)} {text}", to)
 
 
 def _layers(result: Result) -> str:
     return ", the Annotate layer finds the pages" if "Annotate" in result.layers else ""
-
-
-def _shown(path: str) -> str:
-    """Make a path printable: it may hold bytes that are not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _latency(result: Result) -> str:
@@ -181,7 +196,3 @@ def _latency(result: Result) -> str:
     if p50 is None:
         return "no fault"
     return f"p50 {p50:.1f} us, p99 {p99:.1f} us, longest {longest:.1f} us"
-
-
-def _verdict(result: Result) -> str:
-    return "[green]equal[/]" if result.correct else "[red]different[/]"

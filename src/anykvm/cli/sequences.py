@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
-from anykvm.cli.common import ExitCode, Fail, ProfileOption, check_writable, choose
+from anykvm.cli.common import ExitCode, Fail, ProfileOption, choose, seconds
 from anykvm.cli.oracle import run_oracle
+from anykvm.cli.output import Output, line, say, shown
 from anykvm.conformance.golden_file import Record
 from anykvm.conformance.oracle import Settings
 from anykvm.conformance.records_of import title
-from anykvm.conformance.sequences.archive import kernel_archive, slim, write_archive
+from anykvm.conformance.sequences.archive import archived, kernel_archive, slim
 from anykvm.conformance.sequences.batch import Batch, parse_seeds, read_batch, record_batch
 from anykvm.conformance.sequences.disagreement import disagreements
 
@@ -28,6 +30,9 @@ code: 0 if all agree, 1 if not."""
 _SMP: Final = 2
 """So that the oracle's emulated processor makes locked accesses as one."""
 _PROGRESS: Final = 100
+_TIMEOUT: Final[Any] = "3600"
+"""As on the command line: the option's parser reads it."""
+_MOST_JOBS: Final = 4096
 
 
 def random(
@@ -42,9 +47,12 @@ def random(
     archive: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --kernel: also write it as this package has it.")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds for the kernel, booting included.")] = 3600,
+    timeout: Annotated[
+        float, typer.Option(parser=seconds, metavar="SECONDS", help="For the kernel, booting included.")
+    ] = _TIMEOUT,
     profile: ProfileOption = "linux-7.3",
-    jobs: Annotated[int, typer.Option(min=1, help="How many at a time.")] = os.cpu_count() or 1,
+    jobs: Annotated[int, typer.Option(min=1, max=_MOST_JOBS, metavar="N", help="How many at a time.")] = os.cpu_count()
+    or 1,
 ) -> None:
     """Record, compare, and print where they begin to differ."""
     try:
@@ -54,19 +62,21 @@ def random(
     if kernel is None and (records or archive):
         raise Fail(ExitCode.USAGE, "--records and --archive need --kernel")
     soft = choose("soft", profile).backend
-    if archive:
-        check_writable("--archive", archive)
-    expected = kernel_archive("linux-7.3") if kernel is None else _asked(kernel, wanted, records, timeout, archive)
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(Output("--archive", archive)) if archive else None
+        expected = kernel_archive("linux-7.3") if kernel is None else _asked(kernel, wanted, records, timeout)
+        if out:
+            out.write(archived(expected))
     if missing := [seed for seed in wanted if seed not in expected.sequences]:
         raise Fail(ExitCode.USAGE, f"no records of seed {missing[0]}; run them with --kernel")
-    print(f"expected: {title(expected.about)}")
+    line(f"expected: {shown(title(expected.about))}")
     got = dict(_recorded(wanted, profile, jobs))
     chosen = {seed: expected.sequences[seed] for seed in wanted}
     differing = list(disagreements(chosen, got))
     for found in differing:
-        print("\n".join(found.lines()))
+        line("\n".join(map(shown, found.lines())))
     agreeing = len(chosen) - len(differing)
-    print(f"{soft.name}, profile {soft.profile}: {agreeing} of {len(chosen)} sequences agree")
+    line(f"{soft.name}, profile {soft.profile}: {agreeing} of {len(chosen)} sequences agree")
     if differing:
         raise typer.Exit(ExitCode.FAILED)
 
@@ -74,11 +84,12 @@ def random(
 def _recorded(seeds: list[int], profile: str | None, jobs: int) -> Iterator[tuple[int, list[Record]]]:
     for number, (seed, records) in enumerate(record_batch(seeds, "soft", profile, jobs), 1):
         if number % _PROGRESS == 0:
-            print(f"soft: {number} of {len(seeds)}", file=sys.stderr, flush=True)
+            say(f"soft: {number} of {len(seeds)}")
+            sys.stderr.flush()
         yield seed, [slim(record) for record in records]
 
 
-def _asked(kernel: str, seeds: list[int], path: Path | None, timeout: float, archive: Path | None) -> Batch:
+def _asked(kernel: str, seeds: list[int], path: Path | None, timeout: float) -> Batch:
     with _place(path) as file:
         command = [sys.executable, "-m", "anykvm.conformance.sequences.batch", "--backend", "device"]
         command += ["--seeds", ",".join(map(str, seeds)), "--output", str(file)]
@@ -92,15 +103,18 @@ def _asked(kernel: str, seeds: list[int], path: Path | None, timeout: float, arc
             raise Fail(ExitCode.BACKEND, f"recording on the kernel ended with code {code}")
         batch = read_batch(file)
     slimmed = {seed: [slim(record) for record in found] for seed, found in batch.sequences.items()}
-    batch = batch._replace(sequences=slimmed)
-    if archive:
-        write_archive(archive, batch)
-    return batch
+    return batch._replace(sequences=slimmed)
 
 
 @contextmanager
 def _place(path: Path | None) -> Iterator[Path]:
     if path is not None:
+        # In the oracle only the folder is shared, and the file is read again, to continue it.
+        if os.path.exists(path) and not path.is_file():
+            raise Fail(ExitCode.USAGE, f"--records {shown(path)}: not a regular file, which could be continued")
+        with Output("--records", path) as out:
+            if out.is_stdout:
+                raise Fail(ExitCode.USAGE, "--records -: it must be a file, which can be continued")
         yield path.resolve()
         return
     with tempfile.TemporaryDirectory(prefix="anykvm-random-") as folder:

@@ -20,7 +20,7 @@ ABOUT = "ABOUT"
 def read_records(path: Path) -> list[Record]:
     """Read a file of records. Raises OSError, and ValueError with the line's number for what is not JSON."""
     records: list[Record] = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         try:
             records.append(json.loads(line))
         except ValueError as error:

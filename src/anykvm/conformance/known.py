@@ -67,7 +67,7 @@ def tables(expected: str) -> dict[str, Any]:
     """Read what is known to differ from these records of the package; {} where there is no such file."""
     folder = resources.files("anykvm.conformance") / "differences"
     found = [entry for entry in folder.iterdir() if entry.name == f"{expected}.toml"]
-    return tomllib.loads(found[0].read_text()) if found else {}
+    return tomllib.loads(found[0].read_text("utf-8")) if found else {}
 
 
 def table(expected: str, got: str) -> dict[str, dict[str, Any]]:

@@ -10,8 +10,9 @@ import struct
 from functools import cache
 from typing import Final
 
-from anykvm.abi.structures import kvm_segment, kvm_sregs
+from anykvm.abi.structures import kvm_sregs
 from anykvm.conformance.host import PAGE, Host
+from anykvm.vmm.modes import flat_segment
 
 MEMORY_SIZE: Final = 0x200000
 """Size of slot 0."""
@@ -85,17 +86,11 @@ def map_small_pages(memory: Host, virtual: int, table_gpa: int, table: Host) -> 
     memory.put64(entry, table_gpa | 0x67)
 
 
-def _segment(selector: int, type: int, *, code: bool) -> kvm_segment:
-    return kvm_segment(
-        selector=selector, type=type, present=1, s=1, limit=0xFFFFFFFF, g=1, l=int(code), db=int(not code)
-    )
-
-
 def long_mode(sregs: kvm_sregs) -> kvm_sregs:
     """Change a vCPU's system registers to 64-bit mode, ring 0, with the tables that ``build`` made."""
-    sregs.cs = _segment(CODE_SELECTOR, 0xB, code=True)
+    sregs.cs = flat_segment(CODE_SELECTOR, 0xB, long=True)
     for name in ("ds", "es", "fs", "gs", "ss"):
-        setattr(sregs, name, _segment(DATA_SELECTOR, 3, code=False))
+        setattr(sregs, name, flat_segment(DATA_SELECTOR, 3))
     task = sregs.tr
     task.selector, task.type, task.present, task.s, task.base, task.limit = TSS_SELECTOR, 0xB, 1, 0, TSS, 0x67
     task.g = task.db = task.l = task.unusable = 0

@@ -7,6 +7,7 @@ from typing import Any, Final, Protocol
 
 from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
+from anykvm.abi.reading import span
 from anykvm.abi.structures import (
     kvm_cpuid_entry2,
     kvm_create_guest_memfd,
@@ -31,8 +32,7 @@ _TSS_ADDR: Final = 0xFFFBD000
 _MAX_FRAGMENTS: Final = 64
 _TIMEOUT: Final = 2.0
 _KEPT: Final = (c.KVM_EXIT_MMIO, c.KVM_EXIT_HYPERCALL, c.KVM_EXIT_X86_RDMSR, c.KVM_EXIT_X86_WRMSR)
-MMIO_DATA: Final = 40
-"""Where ``mmio.data`` lies in kvm_run."""
+_MMIO_DATA: Final = span(kvm_run, "mmio.data")
 
 
 class Keep(Protocol):
@@ -152,7 +152,7 @@ class Machine:
 
     def answer_mmio(self, value: int) -> None:
         """Give an MMIO read its 8 bytes."""
-        self.vcpu.io_page[MMIO_DATA : MMIO_DATA + 8] = value.to_bytes(8, "little")
+        self.vcpu.io_page[_MMIO_DATA] = value.to_bytes(8, "little")
 
     def pio_data(self, length: int) -> memoryview:
         """Give the data of a port exit."""

@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from anykvm.abi import constants as c
 from anykvm.abi.names import EXIT_NAMES
+from anykvm.abi.reading import field
+from anykvm.abi.structures import kvm_run
 from anykvm.api.vcpu import Vcpu
 from anykvm.conformance.outcome import Outcome
 
@@ -14,10 +16,9 @@ POISON_REASON: Final = 0xDEADBEEF
 """What exit_reason is set to before a KVM_RUN."""
 POISON_FLAGS: Final = 0x5555
 POISON_BYTE: Final = 0xAA
-POISON_LENGTH: Final = 256
-UNION: Final = 32
-"""Where kvm_run's exit union begins."""
-UNION_SHOWN: Final = 24
+UNION, POISON_LENGTH = field(kvm_run, "padding")
+"""Where kvm_run's exit union begins, and its length."""
+UNION_SHOWN: Final = field(kvm_run, "memory_fault")[1]
 """How much of it is recorded: memory_fault's length."""
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import errno as _errno
 import os
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-from anykvm.abi.validity import EHWPOISON
-
-# Python has no name for EHWPOISON before 3.14, and takes the second of EOPNOTSUPP's two.
-_NAMES: Final = {0: "0", _errno.EOPNOTSUPP: "EOPNOTSUPP", EHWPOISON: "EHWPOISON"}
+from anykvm.abi.names import errno_name as errno_name
 
 
 class Outcome(NamedTuple):
@@ -50,12 +47,3 @@ def attempt(call: Callable[..., int | None], *arguments: Any, **named: Any) -> O
         return Outcome(call(*arguments, **named) or 0, 0)
     except OSError as error:
         return Outcome(-1, error.errno or _errno.EIO)
-
-
-def errno_name(errno: int) -> str:
-    """Name an errno, ``0`` for none, the number where Python has no name.
-
-    >>> errno_name(0), errno_name(22), errno_name(95), errno_name(133)
-    ('0', 'EINVAL', 'EOPNOTSUPP', 'EHWPOISON')
-    """
-    return _NAMES.get(errno) or _errno.errorcode.get(errno, str(errno))

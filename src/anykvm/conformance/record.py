@@ -28,6 +28,7 @@ from anykvm.backends.base import Backend
 from anykvm.conformance.bound import bind, held
 from anykvm.conformance.golden_file import ABOUT, END, Record
 from anykvm.conformance.scenario import Lab, Scenario, failure, load
+from anykvm.host.outfile import OutFile
 
 CHILD: Final = "<child>"
 """The step of a record that says how a scenario's process ended, when it did not end well."""
@@ -84,7 +85,7 @@ def _start(scenario: Scenario, backend: Callable[[], Backend]) -> _Child:
     with held() as mask:
         child = os.fork()
         if child == 0:
-            _run_child(scenario, backend, reader, writer, parent, mask)
+            _run_child(scenario, backend, (reader, writer), parent, mask)
     os.close(writer)
     return _Child(scenario, child, reader, time.monotonic() + scenario.timeout)
 
@@ -103,8 +104,10 @@ def _finish(child: _Child) -> list[Record]:
 
 
 def _run_child(
-    scenario: Scenario, backend: Callable[[], Backend], reader: int, writer: int, parent: int, mask: set[signal.Signals]
+    scenario: Scenario, backend: Callable[[], Backend], pipe: tuple[int, int], parent: int, mask: set[signal.Signals]
 ) -> NoReturn:
+    reader, writer = pipe
+
     def keep(record: Record) -> None:
         os.write(writer, json.dumps(record).encode() + b"\n")
 
@@ -113,7 +116,7 @@ def _run_child(
     try:
         os.close(reader)
         bind(parent)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # in here: what came meanwhile may raise
         lab = Lab(scenario.name, backend(), keep)
         lab.signals.install()
         scenario.run(lab)
@@ -169,6 +172,24 @@ def about(backend: Backend) -> Record:
     return {**told, "kernel": os.uname().release, "modules": loaded}
 
 
+def recorded(
+    names: Iterable[str],
+    backend: str,
+    profile: str | None = None,
+    started: Callable[[str], None] = lambda _: None,
+    timeout: float | None = None,
+    jobs: int = 1,
+) -> str:
+    """Run scenarios by name on a backend by name, as ``record``; give the text of a file of records."""
+
+    def make() -> Backend:
+        return make_backend(backend, profile)
+
+    entries = list(record(names, make, started, timeout, jobs))
+    # Only now: scenarios are to be forked from a process without a backend.
+    return "".join(json.dumps(entry) + "\n" for entry in (about(make()), *entries, {"n": END}))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Record scenarios into a file; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m anykvm.conformance.record", description=main.__doc__)
@@ -192,20 +213,14 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options.scenarios or harmless
 
     def started(name: str) -> None:
-        if options.output:
-            print(f"{options.backend}: {name}", file=sys.stderr, flush=True)
+        print(f"{options.backend}: {name}", file=sys.stderr, flush=True)
 
-    def make() -> Backend:
-        return make_backend(options.backend, options.profile)
-
-    entries = list(record(chosen, make, started, options.timeout, options.jobs))
-    # Only now: scenarios are to be forked from a process without a backend.
-    lines = [json.dumps(entry) + "\n" for entry in (about(make()), *entries)]
-    lines.append(json.dumps({"n": END}) + "\n")
-    if options.output:
-        options.output.write_text("".join(lines))
-    else:
-        sys.stdout.write("".join(lines))
+    if options.output is None:
+        sys.stdout.write(recorded(chosen, options.backend, options.profile, timeout=options.timeout, jobs=options.jobs))
+        return 0
+    with OutFile(options.output) as out:
+        text = recorded(chosen, options.backend, options.profile, started, options.timeout, options.jobs)
+        out.write(text.encode())
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anykvm.backends import backend as make_backend
-from anykvm.conformance.golden_file import ABOUT, Record, by_scenario, golden, golden_names, read_records
+from anykvm.conformance.golden_file import ABOUT, END, Record, by_scenario, golden, golden_names, read_records
 
 
 class Records(NamedTuple):
@@ -43,10 +43,21 @@ def kernel_records(name: str) -> Records:
 def from_file(path: Path) -> Records:
     """Read a file of records. Raises OSError, and ValueError for what is none."""
     records = read_records(path)
-    if not all(isinstance(record, dict) and "n" in record for record in records):
+    if not all(map(_is_record, records)):
         raise ValueError(f"{path.name}: not a file of records")
     about = next((record for record in records if record["n"] == ABOUT), None)
     return Records(title(about) if about else path.name, by_scenario(records), of=owner(about) if about else "")
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("n"), str):
+        return False
+    if record["n"] == ABOUT:
+        fields = ("date", "backend", "profile") if record.get("backend") == "soft" else ("date", "backend", "kernel")
+        modules = record.get("modules", [])
+        texts = all(isinstance(record.get(field), str) for field in fields)
+        return texts and isinstance(modules, list) and all(isinstance(name, str) for name in modules)
+    return record["n"] == END or isinstance(record.get("s"), str)
 
 
 def owner(about: Record) -> str:
@@ -70,7 +81,7 @@ def title(about: Record) -> str:
     """
     if about["backend"] == "soft":
         return f"soft, profile {about['profile']} ({about['date']})"
-    return f"Linux {', '.join((about['kernel'], *about['modules']))} ({about['date']})"
+    return f"Linux {', '.join((about['kernel'], *about.get('modules', ())))} ({about['date']})"
 
 
 def find(spec: str, names: list[str] | None, started: Callable[[str], None]) -> Records:

@@ -205,6 +205,6 @@ def _cell(name: str, expected: Records, other: Records) -> Cell:
 
 def html(comparison: Comparison) -> str:
     """Make a page of a comparison that needs nothing else."""
-    template = (files("anykvm.conformance") / "templates" / "report.html.j2").read_text()
+    template = (files("anykvm.conformance") / "templates" / "report.html.j2").read_text("utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(comparison=comparison)

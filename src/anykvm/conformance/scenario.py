@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno as _errno
 import importlib
 import pkgutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+from anykvm.abi.names import errno_name
 from anykvm.api.vm import Vm
 from anykvm.backends.base import Backend
 from anykvm.conformance.golden_file import Record
@@ -171,5 +171,5 @@ def failure(scenario: str, error: BaseException) -> Record:
         "s": "<error>",
         "error": f"{type(error).__name__}: {error}",
         "at": place,
-        "errname": _errno.errorcode.get(errno or 0, "0"),
+        "errname": errno_name(errno or 0),
     }

@@ -56,7 +56,8 @@ def orderly() -> Iterator[None]:
             signal.signal(number, end)
         yield
     finally:
-        _FORKED.remove(before)
+        with contextlib.suppress(ValueError):  # a forked child has forgotten it
+            _FORKED.remove(before)
         for number, handler in before.items():
             signal.signal(number, handler)
 

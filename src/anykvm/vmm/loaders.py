@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Final, Literal, NamedTuple
+import itertools
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from anykvm.api import GuestMemory
 
@@ -75,44 +76,59 @@ def elf(data: bytes, entry: int | None = None) -> Image:
     Raises ImageError for what is not such a file, or is damaged.
     """
     # Only here: it takes as long to import as everything else together, and a flat binary needs none of it.
-    from elftools.common.exceptions import ELFError
     from elftools.elf.elffile import ELFFile
+
+    from anykvm.vmm.elf_formats import DAMAGED
 
     try:
         return _elf(ELFFile(io.BytesIO(data)), len(data), entry)
     except ImageError:
         raise
-    except (ELFError, ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, OverflowError) as error:
-        # pyelftools takes a damaged file at its word, and fails at it in all these ways.
+    except DAMAGED as error:
         raise ImageError(f"damaged ELF file: {error or type(error).__name__}") from None
 
 
 def _elf(file: ELFFile, length: int, entry: int | None) -> Image:
-    kind, machine = file["e_type"], file["e_machine"]
-    if machine not in _MACHINES:
-        raise ImageError(f"an ELF file for {machine}, not for x86")
-    if kind == "ET_DYN":
-        raise ImageError("a position-independent ELF file; link it with -no-pie at a fixed address")
-    if kind != "ET_EXEC":
-        raise ImageError(f"an ELF file of type {kind}, not an executable; link it")
-    name, mode = _MACHINES[machine]
-    segments, start = [], None
-    for part in file.iter_segments():
-        if part["p_type"] == "PT_INTERP":
-            raise ImageError("a dynamically linked ELF file; link it with -static")
-        if part["p_type"] != "PT_LOAD" or not part["p_memsz"]:
-            continue
+    from anykvm.vmm.elf_formats import unloadable
+
+    parts = list(file.iter_segments())
+    if foreign := unloadable(file, parts):
+        raise ImageError(f"{foreign.what}; {foreign.runs}")
+    name, mode = _MACHINES[file["e_machine"]]
+    loaded = [part for part in parts if part["p_type"] == "PT_LOAD" and part["p_memsz"]]
+    if not loaded:
+        raise ImageError("an ELF file with nothing to load")
+    _check_segments(loaded, length)
+    start = next(
+        (_physical(file["e_entry"], part) for part in loaded if _within(file["e_entry"], part)), file["e_entry"]
+    )
+    segments = tuple(Segment(part["p_paddr"], part.data(), part["p_memsz"]) for part in loaded)
+    return Image(name, mode, start if entry is None else entry, segments)
+
+
+def _within(address: int, part: Any) -> bool:
+    return bool(0 <= address - part["p_vaddr"] < part["p_memsz"])
+
+
+def _physical(address: int, part: Any) -> int:
+    return int(address - part["p_vaddr"] + part["p_paddr"])
+
+
+def _check_segments(loaded: list[Any], length: int) -> None:
+    """Raise ImageError for segments that a damaged file claims. Their bytes are not read before."""
+    for part in loaded:
         if part["p_offset"] + part["p_filesz"] > length:
             raise ImageError("damaged ELF file: a segment reaches over its end")
         if part["p_filesz"] > part["p_memsz"]:
             raise ImageError("damaged ELF file: a segment is larger in the file than in memory")
-        segments.append(Segment(part["p_paddr"], part.data(), part["p_memsz"]))
-        if 0 <= file["e_entry"] - part["p_vaddr"] < part["p_memsz"]:
-            start = file["e_entry"] - part["p_vaddr"] + part["p_paddr"]
-    if not segments:
-        raise ImageError("an ELF file with nothing to load")
-    chosen = entry if entry is not None else start
-    return Image(name, mode, file["e_entry"] if chosen is None else chosen, tuple(segments))
+        if part["p_paddr"] + part["p_memsz"] > 1 << 64:
+            raise ImageError("damaged ELF file: a segment reaches over the end of the address space")
+    places = sorted((part["p_paddr"], part["p_memsz"]) for part in loaded)
+    for (gpa, size), (following, _) in itertools.pairwise(places):
+        if gpa + size > following:
+            raise ImageError(f"damaged ELF file: two segments overlap in memory at {following:#x}")
+    if sum(part["p_filesz"] for part in loaded) > 2 * length:
+        raise ImageError("damaged ELF file: its segments are larger than the file")
 
 
 def detect(data: bytes) -> bool:

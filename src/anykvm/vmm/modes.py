@@ -123,11 +123,18 @@ def _flat(vcpu: Vcpu, memory: GuestMemory, long: bool) -> kvm_sregs:
     memory.write(GDT, pack("<3Q", 0, 0x00AF9B000000FFFF if long else 0x00CF9B000000FFFF, 0x00CF93000000FFFF))
     sregs = vcpu.get_sregs()
     sregs.gdt.base, sregs.gdt.limit = GDT, 3 * 8 - 1
-    sregs.cs = _segment(CODE, _CODE_TYPE, long)
+    sregs.cs = flat_segment(CODE, _CODE_TYPE, long=long)
     for name in ("ds", "es", "fs", "gs", "ss"):
-        setattr(sregs, name, _segment(DATA, _DATA_TYPE, False))
+        setattr(sregs, name, flat_segment(DATA, _DATA_TYPE))
     return sregs
 
 
-def _segment(selector: int, type: int, long: bool) -> kvm_segment:
-    return kvm_segment(base=0, limit=0xFFFFFFFF, selector=selector, type=type, present=1, db=not long, s=1, l=long, g=1)
+def flat_segment(selector: int, type: int, *, dpl: int = 0, long: bool = False) -> kvm_segment:
+    """Make a present segment of 4 GiB from 0. ``type`` is the descriptor's (11: code, 3: data); ``long``: 64-bit code.
+
+    >>> flat_segment(0x08, 11, long=True).l
+    1
+    """
+    return kvm_segment(
+        base=0, limit=0xFFFFFFFF, selector=selector, type=type, present=1, dpl=dpl, db=not long, s=1, l=long, g=1
+    )

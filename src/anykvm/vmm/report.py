@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from importlib.resources import files
@@ -14,6 +11,7 @@ from typing import Final, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from anykvm.api import PAGE_SIZE
+from anykvm.host.outfile import OutFile
 from anykvm.vmm.postcopy import FILE_GPA, Result
 
 _COLUMNS, _ROWS = 132, 66
@@ -59,18 +57,9 @@ class Histogram(NamedTuple):
 
 
 def write_report(path: str, name: str, result: Result) -> None:
-    """Write the page to ``path``, whole or not at all; ``name`` is the file's. Raises OSError."""
-    text = render(name, result).encode("utf-8", "replace")
-    fd, temporary = tempfile.mkstemp(prefix=".postcopy-", dir=os.path.dirname(path) or ".")
-    try:
-        with open(fd, "wb") as file:
-            file.write(text)
-            os.fchmod(fd, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+    """Write the page to ``path`` as ``OutFile`` does; ``name`` is the file's. Raises OSError."""
+    with OutFile(path) as out:
+        out.write(render(name, result).encode("utf-8", "backslashreplace"))
 
 
 def render(name: str, result: Result) -> str:

@@ -11,10 +11,11 @@ from typing import Final
 
 from anykvm.abi.constants import KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 from anykvm.abi.structures import kvm_cpuid_entry2
+from anykvm.backends.soft.engine.values import AK_MAXPHYADDR
 
 KVM_MAX_CPUID_ENTRIES: Final = 256
-MAXPHYADDR: Final = 40
-"""Guest-physical address bits; the engine's AK_MAXPHYADDR."""
+MAXPHYADDR: Final = AK_MAXPHYADDR
+"""Guest-physical address bits."""
 XSAVE_SIZE: Final = 576
 """Bytes of an XSAVE area with x87 and SSE state."""
 

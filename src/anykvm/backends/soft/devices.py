@@ -15,6 +15,7 @@ from collections import deque
 from typing import Final
 
 from anykvm.backends.soft.host_memory import DeviceMapping
+from anykvm.host.atomic import Finalizer, atomically
 from anykvm.host.ranges import PAGE_SIZE
 
 _ZEROS: Final = bytes(PAGE_SIZE)
@@ -44,8 +45,8 @@ class SgxVepc:
         if pages < 0:
             raise ValueError(f"{pages} pages")
         self._fd = os.memfd_create("sgx-epc", os.MFD_CLOEXEC)
-        weakref.finalize(self, os.close, self._fd).atexit = False
-        self._lock = threading.Lock()
+        Finalizer(self, os.close, self._fd)
+        self._lock = threading.Lock()  # taken on workers only: see anykvm.host.atomic
         self._pages = 0
         self._free: deque[int] = deque()  # numbers of pages in the file; in order, so that mappings of them merge
         self.grow(pages)
@@ -64,6 +65,9 @@ class SgxVepc:
         """Add free pages. Raises ValueError for a negative number; OSError: ENOMEM."""
         if pages < 0:
             raise ValueError(f"{pages} pages")
+        atomically(self._grow, pages)
+
+    def _grow(self, pages: int) -> None:
         with self._lock:
             os.ftruncate(self._fd, (self._pages + pages) * PAGE_SIZE)
             self._free.extend(range(self._pages, self._pages + pages))
@@ -74,9 +78,15 @@ class SgxVepc:
 
         Its pages come back when it is closed. Raises as ``DeviceMapping``.
         """
+        return atomically(self._map, size)
+
+    def _map(self, size: int) -> DeviceMapping:
         taken: dict[int, int] = {}  # offset in the mapping: page in the file
 
         def fault(mapping: DeviceMapping, offset: int, write: bool) -> None:
+            atomically(take, mapping, offset)
+
+        def take(mapping: DeviceMapping, offset: int) -> None:
             with self._lock:
                 if offset in taken:
                     return  # another vCPU was first
@@ -105,7 +115,9 @@ class SgxVepc:
         Their contents are gone: the guest's next access finds a fresh page, if there is one.
         Raises IndexError, ValueError for a range that is not of the mapping's pages.
         """
-        end = mapping.size if length is None else offset + length
+        return atomically(self._remove, mapping, offset, mapping.size if length is None else offset + length)
+
+    def _remove(self, mapping: DeviceMapping, offset: int, end: int) -> int:
         with self._lock:
             mapping.zap(offset, end - offset)
             taken = _TAKEN[mapping]
@@ -136,7 +148,7 @@ class PciBar(DeviceMapping):
         self._fd = os.memfd_create("pci-bar", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self._fd, size)
-            self._memory_lock = threading.Lock()
+            self._memory_lock = threading.Lock()  # taken on workers only: see anykvm.host.atomic
             self._decoding = True
             self._registers = mmap.mmap(self._fd, size)
             super().__init__(size, type(self)._vfio_fault, released=_closer(self._fd))
@@ -156,6 +168,9 @@ class PciBar(DeviceMapping):
 
     @memory_decoding.setter
     def memory_decoding(self, on: bool) -> None:
+        atomically(self._decode, on)
+
+    def _decode(self, on: bool) -> None:
         with self._memory_lock:
             self._decoding = on
             if not on:
@@ -164,10 +179,13 @@ class PciBar(DeviceMapping):
     @staticmethod
     def _vfio_fault(mapping: DeviceMapping, offset: int, write: bool) -> None:
         assert isinstance(mapping, PciBar)
-        with mapping._memory_lock:
-            if not mapping._decoding:
+        atomically(mapping._show, offset)
+
+    def _show(self, offset: int) -> None:
+        with self._memory_lock:
+            if not self._decoding:
                 raise OSError(errno.EIO, "memory decoding is off")
-            mapping.insert(offset, mapping._fd, offset)
+            self.insert(offset, self._fd, offset)
 
 
 class _closer:

@@ -15,12 +15,12 @@ from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
 from anykvm.abi.structures import kvm_clear_dirty_log, kvm_dirty_gfn, kvm_dirty_log, kvm_enable_cap
 from anykvm.backends.soft.capabilities import (
-    KVM_ADDRESS_SPACES,
     KVM_DIRTY_RING_MAX_BYTES,
     KVM_USER_MEM_SLOTS,
     check_extension,
 )
 from anykvm.backends.soft.engine.library import library
+from anykvm.backends.soft.engine.values import AK_DIRTY_RING_RESERVED
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.usercopy import copy_from_user
 from anykvm.host.ranges import PAGE_SIZE
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 PAGES_PER_WORD: Final = 64
 """A bitmap is made of 64-bit words; KVM_CLEAR_DIRTY_LOG's ranges too, except at the end of the slot."""
 ENTRY_SIZE: Final = ctypes.sizeof(kvm_dirty_gfn)
-KVM_DIRTY_RING_RSVD_ENTRIES: Final = 64
-"""Entries beyond the soft limit. A processor that logs pages by itself (Intel's PML) needs more; this one does not."""
 RING_OFFSET: Final = c.KVM_DIRTY_LOG_PAGE_OFFSET * PAGE_SIZE
 """Where in a vCPU's file its ring is, in bytes."""
 _U32: Final = 0xFFFFFFFF
@@ -98,7 +96,7 @@ def _logged(vm: Vm, slot: int) -> tuple[Memslot | None, DirtyBitmap | None]:
     """Find the slot of a log ioctl. Refused: ENXIO, EINVAL."""
     if vm.memslots.dirty.ring_size:
         raise Refused(errno.ENXIO, "the VM has dirty rings instead of bitmaps")
-    if slot >> 16 >= KVM_ADDRESS_SPACES or slot & 0xFFFF >= KVM_USER_MEM_SLOTS:
+    if slot >> 16 >= len(vm.memslots.spaces) or slot & 0xFFFF >= KVM_USER_MEM_SLOTS:
         raise Refused(errno.EINVAL, f"slot: {slot:#x} cannot exist")
     found = vm.memslots.spaces[slot >> 16].by_id.get(slot & 0xFFFF)
     return found, vm.memslots.dirty.bitmap(found)
@@ -117,7 +115,7 @@ def _get_dirty_log(vm: Vm, arg: int) -> int:
     keep = bool(vm.memslots.dirty.manual_protect)
     result: int = library().ak_get_dirty_log(vm.address, bitmap.address, slot.npages, log.dirty_bitmap, keep)
     if result:
-        raise Refused(-result, f"dirty_bitmap: cannot write {log.dirty_bitmap:#x}")
+        raise Refused(-result, "" if -result == errno.ENOMEM else f"dirty_bitmap: cannot write {log.dirty_bitmap:#x}")
     return 0
 
 
@@ -135,7 +133,7 @@ def _clear_dirty_log(vm: Vm, arg: int) -> int:
         raise Refused(errno.EINVAL, f"num_pages: {count} is no multiple of {PAGES_PER_WORD}, nor the slot's end")
     result: int = library().ak_clear_dirty_log(vm.address, bitmap.address, first, count, log.dirty_bitmap)
     if result:
-        raise Refused(-result, f"dirty_bitmap: cannot read {log.dirty_bitmap:#x}")
+        raise Refused(-result, "" if -result == errno.ENOMEM else f"dirty_bitmap: cannot read {log.dirty_bitmap:#x}")
     return 0
 
 
@@ -162,7 +160,7 @@ def _enable_ring(vm: Vm, cap: kvm_enable_cap) -> int:
     size = cap.args[0] & _U32
     if not size or size & (size - 1):
         raise Refused(errno.EINVAL, f"args[0]: {size:#x} is not a power of two")
-    if size < max(PAGE_SIZE, KVM_DIRTY_RING_RSVD_ENTRIES * ENTRY_SIZE):
+    if size < max(PAGE_SIZE, AK_DIRTY_RING_RESERVED * ENTRY_SIZE):
         raise Refused(errno.EINVAL, f"args[0]: {size} bytes are less than a page")
     if size > KVM_DIRTY_RING_MAX_BYTES:
         raise Refused(errno.E2BIG, f"args[0]: {size:#x} bytes are more than KVM_CAP_DIRTY_LOG_RING says")

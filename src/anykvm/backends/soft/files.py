@@ -1,6 +1,9 @@
 """Descriptors. Every KVM file is a memfd: a real descriptor that can be polled, duplicated and passed on, whose inode
-says which object it stands for. Lifetimes are the kernel's: an object lives while a descriptor of it lives in this
-process, and what it refers to lives with it.
+says which object it stands for. Lifetimes are the kernel's: an object lives while a descriptor or a mapping of its file
+lives, in this process, in another, or on the way to one; and what it refers to lives with it.
+
+Which descriptor is which file is known in ``engine/files.c``, which KVM_RUN asks without the interpreter. Here is what
+the files are.
 """
 
 from __future__ import annotations
@@ -8,19 +11,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import threading
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import Final
 
+from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.file_size import set_file_size
+from anykvm.backends.soft.run import reap_with
+from anykvm.backends.soft.upcall import in_device_fault
+from anykvm.host.atomic import atomically_or_here
 from anykvm.host.libc import map_shared
-
-if TYPE_CHECKING:
-    from anykvm.backends.soft.vcpu import VcpuFile
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _INT_MAX: Final = 2**31 - 1
-
-_Inode = tuple[int, int]
 
 
 class File:
@@ -31,8 +34,14 @@ class File:
     mmap_size = 0
     """Bytes that can be mapped; 0: mmap() is ENODEV."""
 
+    direct: frozenset[int] = frozenset()
+    """Ioctls that change nothing, or one thing by one call into C: they need no worker to be atomic."""
+
     hidden_fd = -1
     """A descriptor of its inode that is the backend's own, and keeps nothing alive."""
+
+    vcpu_address = 0
+    """Of struct ak_vcpu, if KVM_RUN can be done on it."""
 
     def ioctl(self, request: int, arg: int) -> int:
         """Do an ioctl. Refused: what the file's operations say."""
@@ -42,103 +51,99 @@ class File:
         """Map pages of ``mmap_size``; returns the address. Raises OSError as mmap(2)."""
         return map_shared(fd, length, offset)
 
-    def released(self) -> bool:
-        """Say whether a file without descriptors is over; it may yet be mapped."""
-        return True
-
 
 class FileTable:
-    """The KVM files of this process, by inode; one table, as there is one kernel."""
+    """The KVM files of this process; one table, as there is one kernel."""
 
     def __init__(self) -> None:
         """An empty table."""
-        self._files: dict[_Inode, File] = {}
-        self.running: dict[int, VcpuFile] = {}
-        """Descriptors that KVM_RUN was done on: all that its fast path looks at. An entry whose descriptor was closed
-        by a close(2) past ``close`` stays until that number is used again here, or any KVM file is closed."""
-        self._lock = threading.RLock()
-        os.register_at_fork(after_in_child=self._after_fork)
-
-    def _after_fork(self) -> None:
-        self._lock = threading.RLock()  # another thread may have held it when this process was made
+        self._files: dict[int, File] = {}  # by the number that engine/files.c gives them
+        reap_with(partial(atomically_or_here, self.reap))
 
     def create(self, name: str, size: int) -> int:
-        """Make a descriptor for a file to be: a memfd whose size nobody can change. Raises OSError: EMFILE, ENOMEM."""
+        """Make a descriptor for a file to be: a memfd whose size nobody can change.
+
+        Raises OSError: EMFILE, ENOMEM; Refused: as ``set_file_size``.
+        """
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             if size:
-                os.ftruncate(fd, size)
+                set_file_size(fd, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        except OSError:
+        except BaseException:
             os.close(fd)
             raise
         return fd
 
+    def map(self, fd: int, length: int, offset: int) -> int:
+        """Map pages of a file for the backend itself: a mapping that does not keep the object alive.
+
+        Returns the address. Raises OSError: EMFILE, ENOMEM.
+        """
+        address: int = library().ak_file_map(fd, length, offset)
+        if address < 0:
+            raise OSError(-address, os.strerror(-address))
+        return address
+
     def install(self, fd: int, file: File) -> None:
-        """Let the descriptor, and every duplicate of it, stand for ``file``."""
-        inode = _inode(fd)
-        self.running.pop(fd, None)  # of a descriptor of this number that was closed behind our back
-        with self._lock:
-            self._files[inode] = file
+        """Let the descriptor, and every duplicate of it, stand for ``file``. Raises OSError: ENOMEM, ENOLCK, EBADF."""
+        serial: int = library().ak_file_add(fd, file.vcpu_address, file.hidden_fd)
+        if serial < 0:
+            raise OSError(-serial, os.strerror(-serial))
+        self._files[serial] = file
+        self.reap()
 
     def open(self, name: str, file: File) -> int:
         """Make a descriptor for ``file``, which has no pages. Raises OSError: EMFILE, ENOMEM."""
         fd = self.create(name, file.mmap_size)
-        self.install(fd, file)
+        try:
+            self.install(fd, file)
+        except BaseException:
+            os.close(fd)
+            raise
         return fd
+
+    def find(self, fd: int) -> File | None:
+        """Find what a descriptor stands for; None if it is not open, or no KVM file."""
+        return self._files.get(self._serial(fd))
+
+    def _serial(self, fd: int) -> int:
+        serial: int = library().ak_file_find(fd) if 0 <= fd <= _INT_MAX else -errno.EBADF
+        return serial
 
     def get(self, fd: int) -> File:
         """Find what a descriptor stands for. Refused: EBADF (not open), ENOTTY (open, but no KVM file)."""
-        file = self._files.get(_inode(fd))
-        if file is None:
-            raise Refused(errno.ENOTTY, f"descriptor {fd} is not a KVM file of the soft backend")
-        return file
+        serial = self._serial(fd)
+        file = self._files.get(serial)
+        if file is not None:
+            return file
+        if serial:
+            raise Refused(errno.EBADF)  # not open, or just closed by another thread
+        raise Refused(errno.ENOTTY, f"descriptor {fd} is not a KVM file of the soft backend")
 
     def close(self, fd: int) -> None:
         """Close a descriptor; objects whose last descriptor is gone go with it. Refused: EBADF."""
-        known = _inode(fd) in self._files
-        self.running.pop(fd, None)
-        os.close(fd)
-        if known:
-            self._sweep()
+        result: int = library().ak_file_close(fd) if 0 <= fd <= _INT_MAX else -errno.EBADF
+        self.reap()
+        if result:
+            raise Refused(-result)
 
-    def _sweep(self) -> None:
-        """Forget files that have no descriptor any more, also those whose descriptors were closed behind our back."""
-        try:
-            names = os.listdir("/proc/self/fd")
-        except OSError:
-            return  # no /proc: keep everything
-        with self._lock:
-            candidates = dict(self._files)
-            hidden = {file.hidden_fd for file in candidates.values()}
-            for name in names:
-                try:
-                    if int(name) not in hidden:
-                        candidates.pop(_inode(int(name)), None)
-                except Refused:
-                    continue  # the descriptor of the listing itself, or one just closed by another thread
-            candidates = {inode: file for inode, file in candidates.items() if file.released()}
-            for inode in candidates:
-                del self._files[inode]
-            gone = {id(file) for file in candidates.values()}
-            for fd in [fd for fd, file in self.running.items() if id(file) in gone]:
-                del self.running[fd]
-        candidates.clear()  # here, without the lock, the objects themselves go
+    def reap(self) -> None:
+        """Let go of the files that are over, also those whose descriptors were closed behind our back.
+
+        In a device's fault handler nothing goes: the end of an object may have to wait for the vCPU in whose fault we
+        are. The next ``close``, ``install`` or KVM_RUN of another thread lets go of it.
+        """
+        if in_device_fault():
+            return
+        engine = library()
+        while serial := engine.ak_file_dead():
+            self._files.pop(serial, None)
+            engine.ak_file_free(serial)
 
     def __len__(self) -> int:
         """How many files exist."""
         return len(self._files)
-
-
-def _inode(fd: int) -> _Inode:
-    """Identify the file behind a descriptor. Refused: EBADF."""
-    if not 0 <= fd <= _INT_MAX:
-        raise Refused(errno.EBADF)
-    try:
-        status = os.fstat(fd)
-    except OSError as error:
-        raise Refused(error.errno or errno.EBADF) from None
-    return status.st_dev, status.st_ino
 
 
 FILES: Final = FileTable()

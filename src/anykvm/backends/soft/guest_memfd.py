@@ -18,7 +18,6 @@ import errno
 import fcntl
 import itertools
 import os
-import weakref
 from ctypes import byref, c_uint64
 from typing import TYPE_CHECKING, Final
 
@@ -26,8 +25,10 @@ from anykvm.abi import constants as c
 from anykvm.abi.structures import kvm_create_guest_memfd
 from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.file_size import set_file_size
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.usercopy import copy_from_user
+from anykvm.host.atomic import Finalizer, atomically
 from anykvm.host.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -55,17 +56,12 @@ class GuestMemfd(File):
         self.hidden_fd = library().ak_gmem_fd(address)
         if self.mappable:
             self.mmap_size = size
-        finalizer = weakref.finalize(self, _release, vm, address, library().ak_mm_generation())
-        finalizer.atexit = False
+        Finalizer(self, _release, vm, address, library().ak_mm_generation())
 
     @property
     def mappable(self) -> bool:
         """GUEST_MEMFD_FLAG_MMAP: user space may map it, and all guest accesses of its slots use it."""
         return bool(self.flags & c.GUEST_MEMFD_FLAG_MMAP)
-
-    def released(self) -> bool:
-        """Say whether the last descriptor and the last mapping of the caller's have gone."""
-        return not library().ak_gmem_held(self.address)
 
     def map(self, fd: int, length: int, offset: int) -> int:
         """kvm_gmem_mmap(): map pages; private ones are SIGBUS when touched (kvm_gmem_fault_user_mapping())."""
@@ -95,19 +91,27 @@ def create_guest_memfd(vm: Vm, arg: int) -> int:
     size = request.size
     if not 0 < size <= _MAX_LFS_FILESIZE or size % PAGE_SIZE:
         raise Refused(errno.EINVAL, f"size is 0 or not page aligned, or beyond files: {size:#x}")
+    address = c_uint64()
+    file = None
     fd = os.memfd_create("guest_memfd", os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, size)
+        set_file_size(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         os.fchmod(fd, 0o600)
         os.set_inheritable(fd, True)
-        address = c_uint64()
         result: int = library().ak_gmem_create(vm.address, fd, size, request.flags, byref(address))
         if result:
-            raise Refused(-result, f"a file of {size:#x} bytes cannot be mapped")
-        FILES.install(fd, GuestMemfd(vm, address.value, size, request.flags))
+            why = {
+                errno.ENOENT: "/proc is needed for it, and is not there",
+                errno.ENOMEM: f"a file of {size:#x} bytes cannot be mapped",
+            }
+            raise Refused(-result, why.get(-result, ""))
+        file = GuestMemfd(vm, address.value, size, request.flags)
+        FILES.install(fd, file)
     except BaseException:
         os.close(fd)
+        if address and file is None:
+            library().ak_gmem_destroy(vm.address, address)
         raise
     return fd
 
@@ -118,8 +122,13 @@ def fail_page(fd: int, offset: int, error: int) -> None:
     ``error``: EHWPOISON, ENOMEM or any other errno, which KVM_RUN and KVM_PRE_FAULT_MEMORY return with
     KVM_EXIT_MEMORY_FAULT (mmu.c:kvm_mmu_faultin_pfn_gmem()); 0 ends it. ``offset`` in bytes, of any byte of the page.
     In force for every vCPU on return.
-    Raises OSError: EBADF; EINVAL for a descriptor that is no guest_memfd, an offset beyond its end; ENOMEM.
+    Raises OSError: EBADF; EINVAL for a descriptor that is no guest_memfd, an offset beyond its end; ENOMEM; EDEADLK in
+    a device's fault handler that a vCPU of the VM waits for.
     """
+    atomically(_fail_page, fd, offset, error)
+
+
+def _fail_page(fd: int, offset: int, error: int) -> None:
     try:
         file = FILES.get(fd)
     except Refused as refused:
@@ -127,6 +136,10 @@ def fail_page(fd: int, offset: int, error: int) -> None:
         raise OSError(code, os.strerror(code)) from None
     if not isinstance(file, GuestMemfd) or not 0 <= offset < file.size:
         raise OSError(errno.EINVAL, f"fail_page(fd={fd}, offset={offset:#x}): not in a guest_memfd")
+    try:
+        file.vm.check_not_in_device_fault()
+    except Refused as refused:
+        raise OSError(refused.errno, f"fail_page: {refused.detail}") from None
     page = offset // PAGE_SIZE * PAGE_SIZE
     result: int = library().ak_gmem_inject(file.vm.address, file.address, page, error)
     if result:

@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
-from anykvm.backends.soft.engine.library import DEVICE_FAULT, library
+from anykvm.backends.soft import upcall
+from anykvm.backends.soft.engine import values
+from anykvm.backends.soft.engine.library import library
 from anykvm.host import libc
+from anykvm.host.atomic import Finalizer, atomically, atomically_or_here
 from anykvm.host.closing import Closing
 from anykvm.host.ranges import PAGE_SIZE, check_bytes, check_pages, check_size
 
-_ACCESS_WRITE: Final = 1
-_PRESENT: Final = 0  # enum ak_device_answer
-_FAILED: Final = 1
-_READ_ONLY: Final = 2
+_ACCESS_WRITE: Final = values.AK_WRITE
+_PRESENT: Final = values.AK_DEVICE_PRESENT
+_FAILED: Final = values.AK_DEVICE_FAILED
+_READ_ONLY: Final = values.AK_DEVICE_READ_ONLY
 _RESERVED: Final = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
 
 FaultHandler: TypeAlias = "Callable[[DeviceMapping, int, bool], None]"
@@ -38,9 +39,12 @@ class DeviceMapping(Closing):
     was inserted read-only is KVM_EXIT_MMIO, as to a read-only slot. Inside KVM's instruction emulator a fault that
     fails is KVM_EXIT_MMIO too.
 
-    ``fault`` runs on the vCPU's thread, within KVM_RUN: signals do not end it, changes of the VM's slots wait for it,
-    and it must not make any itself. An exception other than OSError is reported to ``sys.unraisablehook``, and fails
-    like one.
+    ``fault`` runs on the vCPU's thread, within KVM_RUN: signals do not end it, and changes of the VM's slots wait for
+    it. So an ioctl of this VM or of its vCPUs, or of another VM that is in such a handler, raises OSError: EDEADLK.
+
+    A bug in it, any other Exception and this EDEADLK, fails like an OSError. It is reported to ``sys.unraisablehook``;
+    where the backend's KVM_RUN raises OSError, it is the ``__cause__``. What is no Exception (KeyboardInterrupt of a
+    signal handler) ends KVM_RUN as a signal does, and is raised by it.
 
     The process's own accesses go through ``read`` and ``write``; touching the address otherwise is a crash where no
     page is present. ``Vm.map`` takes it like a ``GuestMemory``.
@@ -73,14 +77,16 @@ class DeviceMapping(Closing):
         self._fault = fault
         self._writable = writable
         self._pages: dict[int, bool] = {}  # offset of a present page: whether it may be written
-        self._lock = threading.Lock()
-        self._address = libc.mmap(0, size, libc.PROT_NONE, _RESERVED)
-        if result := library().ak_device_add(self._address, size):
-            libc.munmap(self._address, size)
+        self._lock = threading.RLock()  # taken on workers only: see anykvm.host.atomic
+        atomically(self._reserve, released)
+
+    def _reserve(self, released: Callable[[], None] | None) -> None:
+        self._address = libc.mmap(0, self._size, libc.PROT_NONE, _RESERVED)
+        if result := library().ak_device_add(self._address, self._size):
+            libc.munmap(self._address, self._size)
             raise OSError(-result, os.strerror(-result))
         _MAPPINGS[self._address] = weakref.ref(self)
-        self._finalizer = weakref.finalize(self, _release, self._address, size, released)
-        self._finalizer.atexit = False
+        self._finalizer = Finalizer(self, _release, self._address, self._size, released)
 
     @property
     def address(self) -> int:
@@ -107,6 +113,9 @@ class DeviceMapping(Closing):
         """
         check_pages(offset, PAGE_SIZE, self._size)
         allowed = writable and self._writable
+        atomically(self._insert, offset, fd, fd_offset, allowed)
+
+    def _insert(self, offset: int, fd: int, fd_offset: int, allowed: bool) -> None:
         prot = libc.PROT_READ | (libc.PROT_WRITE if allowed else 0)
         with self._lock:
             if self.closed:
@@ -121,6 +130,9 @@ class DeviceMapping(Closing):
         """
         length = self._size - offset if length is None else length
         check_pages(offset, length, self._size)
+        atomically(self._zap, offset, length)
+
+    def _zap(self, offset: int, length: int) -> None:
         with self._lock:
             if self.closed:
                 return
@@ -144,6 +156,9 @@ class DeviceMapping(Closing):
 
     def close(self) -> None:
         """Unmap it. A guest that still has it in a slot faults. Idempotent."""
+        atomically_or_here(self._close)
+
+    def _close(self) -> None:
         with self._lock:
             self._finalizer()
             self._pages.clear()
@@ -151,22 +166,29 @@ class DeviceMapping(Closing):
     def _touch(self, offset: int, length: int, access: int) -> None:
         check_bytes(offset, length, self._size)
         for page in range(offset // PAGE_SIZE * PAGE_SIZE, offset + length, PAGE_SIZE):
-            if self.resolve(page, access) == _FAILED:
-                raise OSError(errno.EFAULT, f"the device's fault handler failed at offset {page:#x}")
+            what = f"the device's fault handler failed at offset {page:#x}"
+            try:
+                answer = self.resolve(page, access)
+            except Exception as error:
+                raise OSError(errno.EFAULT, what) from error
+            if answer == _FAILED:
+                raise OSError(errno.EFAULT, what)
 
     def resolve(self, offset: int, access: int) -> int:
-        """The engine's question about an absent or protected page: ``enum ak_device_answer``."""
+        """The engine's question about an absent or protected page: ``enum ak_device_answer``.
+
+        Raises what the fault handler raises, except OSError other than EDEADLK.
+        """
         write = access == _ACCESS_WRITE
         if offset not in self._pages:
             if self.closed or (write and not self._writable):
                 return _FAILED  # fixup_user_fault(): vma_permits_fault()
             try:
                 self._fault(self, offset, write)
-            except OSError:
+            except OSError as error:
+                if error.errno == errno.EDEADLK:
+                    raise  # not the device has failed: the handler asked for what it must not
                 return _FAILED  # VM_FAULT_SIGBUS
-            except BaseException as error:
-                _report(error, self._fault)
-                return _FAILED
         allowed = self._pages.get(offset)
         if allowed is None:
             return _FAILED  # the handler said nothing and did nothing
@@ -181,7 +203,8 @@ class DeviceMapping(Closing):
 _MAPPINGS: Final[dict[int, weakref.ref[DeviceMapping]]] = {}
 
 
-def _fault(address: int, access: int) -> int:
+def device_fault(address: int, access: int) -> int:
+    """Answer the engine for the mapping that has this address. Raises as ``DeviceMapping.resolve``."""
     for start, reference in list(_MAPPINGS.items()):
         mapping = reference()
         if mapping is not None and start <= address < start + mapping.size:
@@ -189,11 +212,9 @@ def _fault(address: int, access: int) -> int:
     return _FAILED
 
 
-_CALLBACK: Final = DEVICE_FAULT(_fault)
-
-
 def _install() -> None:
-    library().ak_device_handler(_CALLBACK)
+    upcall.install(device_fault)
+    library().ak_device_handler(upcall.device_fault_address())
 
 
 def _release(address: int, size: int, released: Callable[[], None] | None) -> None:
@@ -202,14 +223,3 @@ def _release(address: int, size: int, released: Callable[[], None] | None) -> No
     libc.munmap(address, size)
     if released is not None:
         released()
-
-
-def _report(error: BaseException, handler: object) -> None:
-    told: Any = SimpleNamespace(
-        exc_type=type(error),
-        exc_value=error,
-        exc_traceback=error.__traceback__,
-        err_msg="a device's fault handler failed",
-        object=handler,
-    )
-    sys.unraisablehook(told)

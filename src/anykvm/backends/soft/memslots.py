@@ -8,6 +8,7 @@ import errno
 from typing import Final, NamedTuple
 
 from anykvm.abi.constants import KVM_MEM_GUEST_MEMFD, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY
+from anykvm.abi.limits import KVM_MEM_MAX_NR_PAGES
 from anykvm.backends.soft.capabilities import KVM_USER_MEM_SLOTS
 from anykvm.backends.soft.cpuid import MAXPHYADDR
 from anykvm.backends.soft.dirty import DirtyBitmap, DirtyLog
@@ -20,7 +21,6 @@ from anykvm.host.ranges import PAGE_SIZE
 PAGE_SHIFT: Final = 12
 TASK_SIZE_MAX: Final = (1 << 47) - PAGE_SIZE
 """End of user addresses; access_ok() of a host with 4-level page tables."""
-KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1
 _U64: Final = (1 << 64) - 1
 _MAX_GFN: Final = (1 << (MAXPHYADDR - PAGE_SHIFT)) - 1
 _V1_FLAGS: Final = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY
@@ -61,11 +61,22 @@ class AddressSpace:
         self.by_id: dict[int, Memslot] = {}
         self._bases = SortedNumbers()
         self._by_base: dict[int, Memslot] = {}
+        self._stale = False
+        """There was no memory to note a change by frame: to be made anew from ``by_id``."""
 
     def _below(self, end: int) -> Memslot | None:
         """Find the last slot that begins below ``end``."""
+        if self._stale:
+            self._index_anew()
         base = self._bases.at_or_below(end - 1)
         return None if base is None else self._by_base[base]
+
+    def _index_anew(self) -> None:
+        self._bases, self._by_base = SortedNumbers(), {}
+        for slot in self.by_id.values():
+            self._bases.add(slot.base_gfn)
+            self._by_base[slot.base_gfn] = slot
+        self._stale = False
 
     def gfn_to_memslot(self, gfn: int) -> Memslot | None:
         """Find the slot of a guest frame."""
@@ -79,14 +90,17 @@ class AddressSpace:
             slot = self._below(slot.base_gfn)
         return slot if slot and slot.base_gfn + slot.npages > base_gfn else None
 
-    def replace(self, old: Memslot | None, new: Memslot | None) -> None:
-        """Take ``old`` out and put ``new`` in; either may be None."""
-        if old is not None:
-            self._bases.remove(old.base_gfn)
-            del self._by_base[old.base_gfn], self.by_id[old.slot & 0xFFFF]
-        if new is not None:
-            self._bases.add(new.base_gfn)
-            self._by_base[new.base_gfn] = self.by_id[new.slot & 0xFFFF] = new
+    def index(self, old: Memslot | None, new: Memslot | None) -> None:
+        """Note by frame that ``old`` is gone from ``by_id`` and ``new`` is there; either may be None. Cannot fail."""
+        try:
+            if old is not None:
+                self._bases.remove(old.base_gfn)
+                del self._by_base[old.base_gfn]
+            if new is not None:
+                self._bases.add(new.base_gfn)
+                self._by_base[new.base_gfn] = new
+        except Exception:  # MemoryError; for a list that cannot shrink SystemError; others if it was stale
+            self._stale = True
 
 
 class Memslots:
@@ -137,18 +151,37 @@ class Memslots:
         self._commit(space, old, new)
 
     def _commit(self, space: AddressSpace, old: Memslot | None, new: Memslot | None) -> None:
-        """kvm_set_memslot(). Only address space 0 is the engine's: no vCPU is ever in system management mode."""
-        bitmap = self.dirty.prepare(old, new)
-        if space is self.spaces[0]:
-            before, after = _for_engine(old, self.dirty.bitmap(old)), _for_engine(new, bitmap)
-            result: int = library().ak_set_memslot(self._vm_address, before, after)
+        """kvm_set_memslot(). Only address space 0 is the engine's: no vCPU is ever in system management mode.
+
+        What can fail comes first, and is undone if the engine has no memory.
+        """
+        known, bitmap = self.dirty.bitmap(old), self.dirty.prepare(old, new)
+        before, after = _for_engine(old, known), _for_engine(new, bitmap)
+        pages = self.nr_memslot_pages + (new.npages if new else 0) - (old.npages if old else 0)
+        slot = (new or old).slot  # type: ignore[union-attr]
+        key = slot & 0xFFFF
+        try:
+            if new is not None:
+                space.by_id[key] = new
+            if bitmap is not None:
+                self.dirty.commit(slot, bitmap)
+            result: int = library().ak_set_memslot(self._vm_address, before, after) if space is self.spaces[0] else 0
             if result:
                 raise Refused(-result)
-        space.replace(old, new)
+        except BaseException:
+            if old is not None:
+                space.by_id[key] = old
+            else:
+                space.by_id.pop(key, None)
+            self.dirty.commit(slot, known)
+            raise
+        if new is None:
+            del space.by_id[key]
+        if bitmap is None:
+            self.dirty.commit(slot, None)
+        self.nr_memslot_pages = pages
+        space.index(old, new)
         self._bindings.replace(old and old.binding, new and new.binding)
-        for slot in {slot.slot for slot in (old, new) if slot}:
-            self.dirty.commit(slot, bitmap)
-        self.nr_memslot_pages += (new.npages if new else 0) - (old.npages if old else 0)
 
 
 def check_region(region: Region, address_spaces: int, known_flags: int) -> None:

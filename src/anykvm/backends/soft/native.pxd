@@ -5,6 +5,10 @@ cdef extern from "errno.h" nogil:
         EIO
         EINVAL
 
+cdef extern from "layout.h" nogil:
+    unsigned long long ak_contract_stamp()
+    unsigned long long ak_engine_stamp()
+
 cdef extern from "engine.h" nogil:
     ctypedef struct kvm_run_page "struct kvm_run":
         unsigned char immediate_exit
@@ -27,6 +31,7 @@ cdef extern from "engine.h" nogil:
         unsigned int has_sigmask
         unsigned int annotate_all
         unsigned int ran
+        unsigned int purge
         unsigned long long sync_supported
 
     enum:
@@ -62,9 +67,16 @@ cdef extern from "engine.h" nogil:
         AK_COMPLETE_MMIO_READ
         AK_COMPLETE_MMIO_WRITE
         AK_COMPLETE_HYPERCALL
+        AK_PURGE_BEFORE_LOCK
+        AK_PURGE_AFTER_LOCK
+        AK_PURGE_AFTER_COMPLETION
+        AK_PURGE_NEVER
 
+    ak_vcpu *ak_vcpu_get(long long fd)
+    bint ak_vcpu_put(ak_vcpu *v)
     int ak_vcpu_dead(ak_vcpu *v)
     int ak_vcpu_lock(ak_vcpu *v)
+    bint ak_device_raised(const ak_vcpu *v)
     void ak_vcpu_unlock(ak_vcpu *v)
     void ak_signals_enter(ak_vcpu *v)
     bint ak_signal_pending(ak_vcpu *v)
@@ -89,6 +101,3 @@ cdef extern from "engine.h" nogil:
     bint ak_send_hwpoison_signal(ak_vcpu *v)
 
 ctypedef ak_vcpu *vcpu_p
-
-cdef inline vcpu_p vcpu_at(size_t address) noexcept nogil:
-    return <vcpu_p>address

@@ -1,7 +1,8 @@
 """The engine's C interface for the contract (``run.py``) when it runs as plain Python: a ctypes mirror.
 
-``native.pxd`` says the same to Cython. Only the head of ``struct ak_vcpu`` is mirrored; `check_layout` compares it with
-the library's own idea. Not for any other use: everything here costs microseconds.
+``native.pxd`` says the same to Cython. Only the head of ``struct ak_vcpu`` is mirrored. Importing this module compares
+the mirrors with the library (``engine/layout.py``); types of functions are taken from it. Not for any other use:
+everything here costs microseconds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any
 
 from anykvm import abi
 from anykvm.abi.structures import kvm_run
+from anykvm.backends.soft.engine.layout import Layout
 from anykvm.backends.soft.engine.library import library
+from anykvm.backends.soft.engine.values import *  # noqa: F403  (AK_*)
 
 from errno import EINTR, EINVAL, EIO  # noqa: F401  isort: skip  (names the contract uses)
 
@@ -29,32 +32,6 @@ KVM_EXIT_MEMORY_FAULT = abi.KVM_EXIT_MEMORY_FAULT
 KVM_EXIT_DIRTY_RING_FULL = abi.KVM_EXIT_DIRTY_RING_FULL
 KVM_INTERNAL_ERROR_EMULATION = abi.KVM_INTERNAL_ERROR_EMULATION
 KVM_INTERNAL_ERROR_DELIVERY_EV = abi.KVM_INTERNAL_ERROR_DELIVERY_EV
-
-(
-    AK_EXIT_NONE,
-    AK_EXIT_KICKED,
-    AK_EXIT_IO,
-    AK_EXIT_MMIO,
-    AK_EXIT_HLT,
-    AK_EXIT_SHUTDOWN,
-    AK_EXIT_FAULT,
-    AK_EXIT_EMULATION,
-    AK_EXIT_SET_TPR,
-    AK_EXIT_DELIVERY,
-    AK_EXIT_IRQ_WINDOW,
-    AK_EXIT_HYPERCALL,
-    AK_EXIT_DIRTY_FULL,
-    AK_EXIT_ENGINE,
-    AK_EXIT_HWPOISON,
-) = range(15)
-(
-    AK_COMPLETE_NONE,
-    AK_COMPLETE_PIO,
-    AK_COMPLETE_STRING_IN,
-    AK_COMPLETE_MMIO_READ,
-    AK_COMPLETE_MMIO_WRITE,
-    AK_COMPLETE_HYPERCALL,
-) = range(6)
 
 
 class Exit(ctypes.Structure):
@@ -84,7 +61,7 @@ class Vcpu(ctypes.Structure):
     """The head of struct ak_vcpu: what the contract reads and writes."""
 
     _fields_ = [
-        ("run_pointer", ctypes.c_void_p),
+        ("run", ctypes.c_void_p),
         ("exit", Exit),
         ("completion", ctypes.c_uint32),
         ("stopping", ctypes.c_uint32),
@@ -92,54 +69,55 @@ class Vcpu(ctypes.Structure):
         ("has_sigmask", ctypes.c_uint32),
         ("annotate_all", ctypes.c_uint32),
         ("ran", ctypes.c_uint32),
+        ("purge", ctypes.c_uint32),
         ("sync_supported", ctypes.c_uint64),
         ("mp_state", ctypes.c_uint32),
     ]
 
+
+class RunningVcpu(Vcpu):
+    """A vCPU whose ``run`` is the shared page itself, as in C."""
+
     @property
     def run(self) -> kvm_run:
         """The shared page."""
-        return kvm_run.from_address(self.run_pointer)
+        return kvm_run.from_address(Vcpu.run.__get__(self))
 
 
-vcpu_p = Vcpu
-
-#: Functions that return a C bool: only the low byte of the result is theirs.
-PREDICATES = frozenset(
-    {
-        "ak_signal_pending",
-        "ak_irq_window",
-        "ak_next_fragment",
-        "ak_send_hwpoison_signal",
-        "ak_hypercall",
-        "ak_dirty_ring_full",
-    }
-)
+vcpu_p = RunningVcpu
 
 
-def vcpu_at(address: int) -> Vcpu:
-    """The vCPU at an address."""
-    return Vcpu.from_address(address)
+def check_layout(layout: Layout) -> None:
+    """Compare the mirrors with the library. Raises ImportError, which names the first difference."""
+    layout.check_structure("ak_exit", Exit)
+    layout.check_structure("ak_vcpu", Vcpu, head=True)
 
 
-def check_layout() -> None:
-    """Compare the mirror with the library; RuntimeError if they differ."""
-    offset = ctypes.CDLL(library()._name).ak_contract_offset
-    for index, name in enumerate(("exit", "completion", "sync_supported", "mp_state")):
-        ours = getattr(Vcpu, name).offset
-        if offset(index) != ours:
-            raise RuntimeError(f"struct ak_vcpu: {name} is at {offset(index)}, native.py has it at {ours}")
+_LAYOUT = Layout(library())
+check_layout(_LAYOUT)
+
+
+def ak_vcpu_get(fd: int) -> RunningVcpu | None:
+    """The vCPU that a descriptor stands for, held."""
+    address = _function("ak_vcpu_get")(fd)
+    return RunningVcpu.from_address(address) if address else None
+
+
+def _function(name: str) -> Any:
+    function = ctypes.CDLL(library()._name)[name]  # our own object: library()'s may have other types declared
+    function.restype, function.argtypes = _LAYOUT.signature(name)
+    return function
 
 
 def __getattr__(name: str) -> Any:
-    """An engine function, called with a vCPU by reference."""
+    """An engine function; a vCPU goes to it by reference."""
     if not name.startswith("ak_"):
         raise AttributeError(name)
-    function = getattr(library(), name)
-    function.restype = ctypes.c_bool if name in PREDICATES else ctypes.c_int
+    function = _function(name)
 
-    def call(vcpu: Vcpu, *arguments: int) -> int:
-        return int(function(ctypes.byref(vcpu), *arguments) or 0)
+    def call(*arguments: Vcpu | int) -> int:
+        plain = (ctypes.addressof(one) if isinstance(one, Vcpu) else one for one in arguments)
+        return int(function(*plain) or 0)
 
     globals()[name] = call
     return call

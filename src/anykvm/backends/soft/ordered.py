@@ -36,7 +36,7 @@ class SortedNumbers:
         return chunk[bisect_right(chunk, number) - 1]
 
     def add(self, number: int) -> None:
-        """Put in a number that is not there."""
+        """Put in a number that is not there. After a MemoryError the set is to be made anew."""
         if not self._chunks:
             self._chunks.append([])
             self._firsts.append(number)

@@ -9,6 +9,7 @@ from anykvm.backends.soft.engine.library import library
 from anykvm.backends.soft.errors import Refused
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.vm import VmFile
+from anykvm.host.atomic import atomically
 from anykvm.host.ranges import PAGE_SIZE, check_pages
 
 
@@ -33,14 +34,14 @@ def poison(vm: _Descriptor, memory: _Mapped, offset: int = 0, length: int = PAGE
 
     ``vm`` is an ``anykvm.Vm`` of the soft backend. In force for every vCPU when it returns. Raises ValueError when
     ``vm`` is not one, or the range is not of whole pages; IndexError when it is not in ``memory``; OSError: ENOMEM for
-    pages that are not mapped.
+    pages that are not mapped; EDEADLK in a device's fault handler that a vCPU of the VM waits for.
     """
-    _poison(vm, memory, offset, length, True)
+    atomically(_poison, vm, memory, offset, length, True)
 
 
 def unpoison(vm: _Descriptor, memory: _Mapped, offset: int = 0, length: int = PAGE_SIZE) -> None:
     """Undo ``poison``: the pages are there again, readable and writable, with their contents. Raises as ``poison``."""
-    _poison(vm, memory, offset, length, False)
+    atomically(_poison, vm, memory, offset, length, False)
 
 
 def _poison(vm: _Descriptor, memory: _Mapped, offset: int, length: int, poisoned: bool) -> None:
@@ -51,6 +52,10 @@ def _poison(vm: _Descriptor, memory: _Mapped, offset: int, length: int, poisoned
     if not isinstance(file, VmFile):
         raise ValueError("not a VM of the soft backend")
     check_pages(offset, length, memory.size)
+    try:
+        file.vm.check_not_in_device_fault()
+    except Refused as refused:
+        raise OSError(refused.errno, f"poison: {refused.detail}") from None
     for page in range(offset, offset + length, PAGE_SIZE):
         if result := library().ak_poison(file.vm.address, memory.address + page, poisoned):
             raise OSError(-result, f"poison of offset {page:#x}: {os.strerror(-result)}")

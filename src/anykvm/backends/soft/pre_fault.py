@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Final
 
 from anykvm.abi.structures import kvm_pre_fault_memory
 from anykvm.backends.soft.engine.library import library
-from anykvm.backends.soft.errors import Refused
-from anykvm.backends.soft.usercopy import copy_from_user, copy_to_user
+from anykvm.backends.soft.errors import DEVICE_FAILED, IN_DEVICE_FAULT, Refused
+from anykvm.backends.soft.upcall import check
+from anykvm.backends.soft.usercopy import copy_from_user
 from anykvm.host.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ def pre_fault_memory(file: VcpuFile, arg: int) -> int:
         raise Refused(errno.EINVAL, "gpa or size is not page aligned")
     if size == 0 or gpa + size > _U64:
         raise Refused(errno.EINVAL, "size is 0, or gpa + size wraps")
-    area = (ctypes.c_uint64 * 2)(gpa, size)
-    result: int = library().ak_pre_fault_memory(file, area)
-    request.gpa, request.size = area
-    copy_to_user(arg, request)
+    result: int = library().ak_pre_fault_memory(file, ctypes.addressof(request), arg)
+    check(result, f"KVM_PRE_FAULT_MEMORY: {DEVICE_FAILED}")
+    if result == -errno.EDEADLK:
+        raise Refused(errno.EDEADLK, IN_DEVICE_FAULT)
     if result:
         raise Refused(-result, "no slot at gpa" if result == -errno.ENOENT else "the page at gpa cannot be had")
     return 0

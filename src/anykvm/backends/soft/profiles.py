@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from anykvm.abi import constants as c
+from anykvm.abi import ioctls as n
+from anykvm.abi.validity import memory_fault_valid
 from anykvm.backends.soft.cpuid import MAXPHYADDR
 
 _MAX_ADDRESS_BIT: Final = 51
@@ -20,6 +22,14 @@ class Purge(Enum):
 
     VCPU_RUN = "vcpu_run"
     """At the top of x86.c:vcpu_run(), after completions and the test of immediate_exit: all of mainline."""
+    BEFORE_LOCK = "before_lock"
+    """Also before vcpu->mutex is taken (policy P3a of ABI.md 7.3). A vCPU that is dead is refused earlier."""
+    AFTER_LOCK = "after_lock"
+    """Also after the mutex is taken and the argument checked (policy P3b)."""
+    AFTER_COMPLETION = "after_completion"
+    """Also after the pending completion, before immediate_exit is looked at (policy P3c)."""
+    NEVER = "never"
+    """Nowhere: the reset of vcpu_run() is missing too."""
 
 
 def _nothing() -> Mapping[int, int]:
@@ -53,6 +63,11 @@ class Profile:
     bit above 31 in RAX is 0 for the guest, which goes on; what the next exit without a completion of its own leaves in
     ``hypercall.ret`` becomes RAX, three bytes further (else: the exit)."""
     purge: Purge = Purge.VCPU_RUN
+    any_errno: bool = False
+    """The documents of this KVM promise that ``memory_fault`` is valid for every errno if exit_reason says so (else:
+    only for EFAULT and EHWPOISON). A promise about what is read; what KVM_RUN writes is the same."""
+    absent_ioctls: frozenset[int] = frozenset()
+    """Requests that this KVM does not know: ENOTTY of a VM, EINVAL of a vCPU."""
     private_gpa_bit: int | None = None
     """In a KVM_X86_SW_PROTECTED_VM, the bit (40 to 51) of page table entries and CR3 by which the guest itself says
     that an access is private, as SEV-SNP's C-bit does, without the encryption; without paging, accesses are shared. An
@@ -69,6 +84,20 @@ class Profile:
         """Raise ValueError for a bit that is not above guest-physical addresses, or not an address bit."""
         if self.private_gpa_bit is not None and not MAXPHYADDR <= self.private_gpa_bit <= _MAX_ADDRESS_BIT:
             raise ValueError(f"private_gpa_bit {self.private_gpa_bit} is not from {MAXPHYADDR} to {_MAX_ADDRESS_BIT}")
+
+    def memory_fault_valid(self, errno: int, exit_reason: int) -> bool:
+        """Say whether this KVM's documents call ``memory_fault`` valid. ``errno`` is KVM_RUN's, 0 if it did not fail.
+
+        Without KVM_CAP_MEMORY_FAULT_INFO it never is.
+
+        >>> LINUX_7_3.memory_fault_valid(4, 39), RESEARCH["any-errno"].memory_fault_valid(4, 39)
+        (False, True)
+        """
+        if self.capabilities.get(c.KVM_CAP_MEMORY_FAULT_INFO, 1) == 0:
+            return False
+        if self.any_errno:
+            return errno != 0 and exit_reason == c.KVM_EXIT_MEMORY_FAULT
+        return memory_fault_valid(errno, exit_reason)
 
 
 DOCUMENTED: Final = Profile(
@@ -130,22 +159,76 @@ LINUX_6_12: Final = replace(
 )
 
 PROFILES: Final[Mapping[str, Profile]] = MappingProxyType({p.name: p for p in (DOCUMENTED, LINUX_7_3, LINUX_6_12)})
-"""Every profile by name."""
+"""What KVM promises and what its kernels do, by name."""
+
+
+def _research(name: str, why: Mapping[str, str], **changes: Any) -> Profile:
+    cites = MappingProxyType({**LINUX_7_3.cites, **why})
+    return replace(LINUX_7_3, name=name, cites=cites, **changes)
+
+
+_ABSENT_BEFORE_6_8: Final = MappingProxyType(
+    dict.fromkeys(
+        (
+            c.KVM_CAP_MEMORY_FAULT_INFO,
+            c.KVM_CAP_USER_MEMORY2,
+            c.KVM_CAP_MEMORY_ATTRIBUTES,
+            c.KVM_CAP_GUEST_MEMFD,
+            c.KVM_CAP_GUEST_MEMFD_FLAGS,
+            c.KVM_CAP_VM_TYPES,
+            c.KVM_CAP_PRE_FAULT_MEMORY,
+        ),
+        0,
+    )
+)
+_PURGE: Final = "no kernel: the proposal to reset exit_reason early, ABI.md 7.3"
+RESEARCH: Final[Mapping[str, Profile]] = MappingProxyType(
+    {
+        made.name: made
+        for made in (
+            _research(
+                "pre-6.8",
+                {
+                    "capabilities": "include/uapi/linux/kvm.h of 6.7 ends before KVM_CAP_USER_MEMORY2",
+                    "absent_ioctls": "include/uapi/linux/kvm.h of 6.7",
+                },
+                capabilities=_ABSENT_BEFORE_6_8,
+                absent_ioctls=frozenset(
+                    (
+                        n.KVM_SET_USER_MEMORY_REGION2,
+                        n.KVM_SET_MEMORY_ATTRIBUTES,
+                        n.KVM_CREATE_GUEST_MEMFD,
+                        n.KVM_PRE_FAULT_MEMORY,
+                    )
+                ),
+            ),
+            _research("any-errno", {"any_errno": "no kernel: policy P2, ABI.md 7.3"}, any_errno=True),
+            _research("early-purge-before-lock", {"purge": _PURGE}, purge=Purge.BEFORE_LOCK),
+            _research("early-purge-after-lock", {"purge": _PURGE}, purge=Purge.AFTER_LOCK),
+            _research("early-purge-after-completion", {"purge": _PURGE}, purge=Purge.AFTER_COMPLETION),
+            _research("never-purge", {"purge": "no kernel: ABI.md 7.4, T15 asks for it"}, purge=Purge.NEVER),
+        )
+    }
+)
+"""KVMs that do not exist, or no longer: for questions about the ABI, ``anykvm explore`` for one. By name."""
 
 
 def profile(name: str | Profile) -> Profile:
-    """Find a profile by name; one of your own is taken as it is. Raises ValueError for an unknown name.
+    """Find a profile by name, also one of ``RESEARCH``. One of your own is taken as it is.
+
+    Raises ValueError for an unknown name.
 
     >>> profile("documented").annotate_unresolved, profile("linux-7.3").annotate_unresolved
     (True, False)
-    >>> profile("linux-2.6")
+    >>> profile("linux-2.6")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: no profile named 'linux-2.6'; there are documented, linux-7.3, linux-6.12
+    ValueError: no profile named 'linux-2.6'; there are documented, linux-7.3, linux-6.12; for research pre-6.8, ...
     """
     if isinstance(name, Profile):
         return name
     try:
-        return PROFILES[name]
+        return PROFILES[name] if name in PROFILES else RESEARCH[name]
     except KeyError:
-        raise ValueError(f"no profile named {name!r}; there are {', '.join(PROFILES)}") from None
+        known = f"{', '.join(PROFILES)}; for research {', '.join(RESEARCH)}"
+        raise ValueError(f"no profile named {name!r}; there are {known}") from None

@@ -3,6 +3,7 @@ cimport anykvm.backends.soft.native as native
 
 cdef int kvm_vcpu_ioctl_run(native.vcpu_p vcpu, int arg) noexcept nogil
 cdef int kvm_arch_vcpu_ioctl_run(native.vcpu_p vcpu, bint wants_to_run) noexcept nogil
+cdef void purge(native.vcpu_p vcpu, unsigned int point) noexcept nogil
 cdef int prepare(native.vcpu_p vcpu) noexcept nogil
 cdef int complete_userspace_io(native.vcpu_p vcpu) noexcept nogil
 cdef int vcpu_run(native.vcpu_p vcpu) noexcept nogil

@@ -21,8 +21,13 @@ import os
 
 import cython
 
+from anykvm.backends.soft import upcall
+
 if cython.compiled:  # pragma: no cover
     from cython.cimports.anykvm.backends.soft import native  # type: ignore[import-not-found]
+
+    if native.ak_contract_stamp() != native.ak_engine_stamp():
+        raise ImportError("anykvm's contract (run.py) was compiled for another engine than the one beside it")
 else:
     from anykvm.backends.soft import native
 
@@ -32,12 +37,16 @@ def kvm_vcpu_ioctl_run(vcpu: native.vcpu_p, arg: cython.int) -> cython.int:
     r: cython.int = native.ak_vcpu_dead(vcpu)
     if r:
         return r  # row 1: another mm, or the VM is dead: EIO; kvm_run is not touched
-    native.ak_vcpu_lock(vcpu)  # row 4: vcpu->mutex
+    purge(vcpu, native.AK_PURGE_BEFORE_LOCK)
+    r = native.ak_vcpu_lock(vcpu)  # row 4: vcpu->mutex
+    if r:
+        return r  # no row: EDEADLK from inside a device's fault handler, for which the VM waits
     if arg:
         r = -native.EINVAL  # row 5
     else:
         # immediate_exit is read once, here: user space may write the page at any time
         wants_to_run: cython.bint = not vcpu.run.immediate_exit
+        purge(vcpu, native.AK_PURGE_AFTER_LOCK)
         r = kvm_arch_vcpu_ioctl_run(vcpu, wants_to_run)
     native.ak_vcpu_unlock(vcpu)
     return r
@@ -50,6 +59,8 @@ def kvm_arch_vcpu_ioctl_run(vcpu: native.vcpu_p, wants_to_run: cython.bint) -> c
     r: cython.int = prepare(vcpu)
     if r > 0 and vcpu.completion:
         r = complete_userspace_io(vcpu)  # rows 15, 16: before immediate_exit is looked at
+    if r > 0:
+        purge(vcpu, native.AK_PURGE_AFTER_COMPLETION)
     if r > 0 and not wants_to_run:
         r = -native.EINTR  # row 17: exit_reason and its payload survive
     if r > 0:
@@ -61,6 +72,12 @@ def kvm_arch_vcpu_ioctl_run(vcpu: native.vcpu_p, wants_to_run: cython.bint) -> c
     native.ak_post_kvm_run_save(vcpu)
     native.ak_signals_leave(vcpu)
     return r
+
+
+def purge(vcpu: native.vcpu_p, point: cython.uint) -> cython.void:
+    """Reset exit_reason ahead of vcpu_run(), if the profile's KVM does so at this point; mainline does it at none."""
+    if vcpu.purge == point:
+        vcpu.run.exit_reason = native.KVM_EXIT_UNKNOWN
 
 
 def prepare(vcpu: native.vcpu_p) -> cython.int:
@@ -101,7 +118,8 @@ def complete_userspace_io(vcpu: native.vcpu_p) -> cython.int:
 
 def vcpu_run(vcpu: native.vcpu_p) -> cython.int:
     """x86.c:vcpu_run(): the loop around the guest."""
-    vcpu.run.exit_reason = native.KVM_EXIT_UNKNOWN  # here, and no earlier: rows up to 17 keep the old reason
+    if vcpu.purge != native.AK_PURGE_NEVER:
+        vcpu.run.exit_reason = native.KVM_EXIT_UNKNOWN  # here, and no earlier: rows up to 17 keep the old reason
     if native.ak_dirty_ring_full(vcpu):
         return dirty_ring_full(vcpu)  # before a signal is looked for
     if vcpu.has_sigmask and native.ak_signal_pending(vcpu):
@@ -204,13 +222,37 @@ def page_fault_error(vcpu: native.vcpu_p) -> cython.int:
 MESSAGES = {code: f"KVM_RUN: {os.strerror(code)}" for code in range(1, 134)}
 
 
-def kvm_run(address: int, arg: int) -> int:
-    """KVM_RUN on the vCPU at ``address`` (struct ak_vcpu): 0, or OSError with the errno. The GIL is released."""
+_reap = None
+
+
+def reap_with(reap: object) -> None:
+    """Have ``reap()`` called when a KVM_RUN ends on a vCPU whose file was over meanwhile."""
+    global _reap
+    _reap = reap
+
+
+def kvm_run(fd: cython.longlong, arg: object) -> bool:
+    """KVM_RUN on a descriptor: True, or OSError with the errno; False, and nothing is done, if it stands for no vCPU.
+
+    What the descriptor stands for is asked each time. The vCPU is held meanwhile, as an ioctl of the kernel holds the
+    file: closing every descriptor frees nothing under a running guest. The GIL is released.
+    """
     r: cython.int
-    vcpu: native.vcpu_p = native.vcpu_at(address)
+    over: cython.bint = False
+    raised: cython.bint = False
+    vcpu: native.vcpu_p
     nonzero: cython.int = 1 if arg else 0
     with cython.nogil:
-        r = kvm_vcpu_ioctl_run(vcpu, nonzero)
+        r = 1
+        vcpu = native.ak_vcpu_get(fd)
+        if vcpu:
+            r = kvm_vcpu_ioctl_run(vcpu, nonzero)
+            raised = native.ak_device_raised(vcpu)
+            over = native.ak_vcpu_put(vcpu)
+    if over:
+        _reap()
+    if raised:
+        upcall.check(r, MESSAGES.get(-r, ""))
     if r < 0:
         raise OSError(-r, MESSAGES[-r])
-    return 0
+    return not r

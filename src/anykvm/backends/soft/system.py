@@ -19,11 +19,26 @@ from anykvm.backends.soft.usercopy import bytes_from_user, copy_from_user, copy_
 from anykvm.backends.soft.vcpu import MAX_IO_MSRS, VCPU_MMAP_SIZE
 from anykvm.backends.soft.vm import create_vm
 
+DIRECT: Final = frozenset(
+    (
+        n.KVM_GET_API_VERSION,
+        n.KVM_GET_VCPU_MMAP_SIZE,
+        n.KVM_CHECK_EXTENSION,
+        n.KVM_GET_SUPPORTED_CPUID,
+        n.KVM_GET_EMULATED_CPUID,
+        n.KVM_GET_MSR_INDEX_LIST,
+        n.KVM_GET_MSR_FEATURE_INDEX_LIST,
+        n.KVM_GET_MSRS,
+    )
+)
+"""They read constants."""
+
 
 class SystemFile(File):
     """An open /dev/kvm. It works in a forked child too, as the kernel's does."""
 
     kind = "/dev/kvm"
+    direct = DIRECT
 
     def __init__(self, profile: Profile) -> None:
         """``profile`` is for every VM made from this file."""
@@ -53,7 +68,8 @@ def _get_vcpu_mmap_size(file: SystemFile, arg: int) -> int:
 
 
 def _create_vm(file: SystemFile, arg: int) -> int:
-    if arg not in (c.KVM_X86_DEFAULT_VM, c.KVM_X86_SW_PROTECTED_VM):  # kvm_arch_init_vm()
+    types = check_extension(file.profile, c.KVM_CAP_VM_TYPES) or 1 << c.KVM_X86_DEFAULT_VM
+    if arg not in (c.KVM_X86_DEFAULT_VM, c.KVM_X86_SW_PROTECTED_VM) or not types >> arg & 1:  # kvm_arch_init_vm()
         raise Refused(errno.EINVAL, f"VM type {arg} is not offered (KVM_CAP_VM_TYPES)")
     return create_vm(file.profile, arg)
 

@@ -1,4 +1,7 @@
-"""copy_from_user() and copy_to_user(): the caller's memory, with EFAULT where it cannot be reached, never a crash."""
+"""copy_from_user() and copy_to_user(): the caller's memory, with EFAULT where it cannot be reached, never a crash.
+
+They go upwards: when a page refuses, what is before it was copied, and nothing behind it.
+"""
 
 from __future__ import annotations
 
@@ -38,3 +41,8 @@ def copy_to_user(address: int, data: ctypes.Structure | ctypes.Array[ctypes.c_ui
     length = ctypes.sizeof(data) if size is None else size
     if library().ak_copy_out(address, ctypes.addressof(data), length):
         raise Refused(errno.EFAULT, f"Bad address: cannot write {length} bytes at {address:#x}")
+
+
+def tail_of(data: ctypes.Array[ctypes.c_uint8], offset: int) -> ctypes.Array[ctypes.c_uint8]:
+    """Give the bytes of a buffer from ``offset`` on, without copying them."""
+    return (ctypes.c_uint8 * (ctypes.sizeof(data) - offset)).from_buffer(data, offset)

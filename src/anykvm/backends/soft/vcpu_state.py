@@ -15,9 +15,10 @@ from anykvm.abi import ioctls as n
 from anykvm.abi import structures as s
 from anykvm.backends.soft.cpuid import KVM_MAX_CPUID_ENTRIES
 from anykvm.backends.soft.engine.library import library
-from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.errors import IN_DEVICE_FAULT, Refused
 from anykvm.backends.soft.pre_fault import pre_fault_memory
-from anykvm.backends.soft.usercopy import bytes_from_user, copy_from_user, copy_to_user
+from anykvm.backends.soft.upcall import check, in_device_fault
+from anykvm.backends.soft.usercopy import bytes_from_user, copy_from_user, copy_to_user, tail_of
 
 if TYPE_CHECKING:
     from anykvm.backends.soft.vcpu import VcpuFile
@@ -48,7 +49,10 @@ _Buffer = ctypes.Structure | ctypes.Array[ctypes.c_uint8]
 
 def _engine(file: VcpuFile, request: int, data: _Buffer | None) -> int:
     address = None if data is None else ctypes.addressof(data)
+    if in_device_fault() and library().ak_vm_in_device_fault(file.vm.address):
+        raise Refused(errno.EDEADLK, IN_DEVICE_FAULT)
     result: int = library().ak_vcpu_ioctl(file, request, address)
+    check()
     if result < 0:
         raise Refused(-result, _WHY.get(request, "") if result == -errno.EINVAL else "")
     return result
@@ -106,7 +110,7 @@ def _get_msrs(file: VcpuFile, arg: int) -> int:
     """Returns how many were read; the first that does not exist ends it. E2BIG for 256 or more."""
     data = _msrs_from_user(arg)
     done = _engine(file, n.KVM_GET_MSRS, data)
-    copy_to_user(arg, data)
+    copy_to_user(arg + _MSRS_HEADER, tail_of(data, _MSRS_HEADER))  # msr_io() writes the entries alone
     return done
 
 
@@ -144,13 +148,15 @@ def _set_cpuid(file: VcpuFile, arg: int) -> int:
 
 
 def _get_cpuid2(file: VcpuFile, arg: int) -> int:
-    """E2BIG, and nothing written, when nent is less than the table has."""
+    """E2BIG, and nothing written, when nent is less than the table has. The entries are written before nent."""
     header = copy_from_user(s.kvm_cpuid2, arg)
     data = (ctypes.c_uint8 * (_CPUID_HEADER + KVM_MAX_CPUID_ENTRIES * _ENTRY2))()
     table = s.kvm_cpuid2.from_buffer(data)
     table.nent = min(header.nent, KVM_MAX_CPUID_ENTRIES)
     _engine(file, n.KVM_GET_CPUID2, data)
-    copy_to_user(arg, data, _CPUID_HEADER + table.nent * _ENTRY2)
+    header.nent = table.nent
+    copy_to_user(arg + _CPUID_HEADER, tail_of(data, _CPUID_HEADER), header.nent * _ENTRY2)
+    copy_to_user(arg, header)
     return 0
 
 

@@ -5,31 +5,32 @@ from __future__ import annotations
 import ctypes
 import errno
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Final
 
 from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
+from anykvm.abi.limits import KVM_MIN_ALLOC_MMU_PAGES
 from anykvm.abi.structures import kvm_enable_cap, kvm_userspace_memory_region, kvm_userspace_memory_region2
 from anykvm.backends.soft import dirty
 from anykvm.backends.soft.attributes import enable_exit_hypercall, set_memory_attributes
 from anykvm.backends.soft.capabilities import KVM_MAX_VCPU_IDS, KVM_MAX_VCPUS, check_extension
 from anykvm.backends.soft.engine.library import install_handlers, library
-from anykvm.backends.soft.errors import Refused
+from anykvm.backends.soft.errors import IN_DEVICE_FAULT, Refused
 from anykvm.backends.soft.files import FILES, File
 from anykvm.backends.soft.guest_memfd import create_guest_memfd
 from anykvm.backends.soft.memslots import Memslots, Region
 from anykvm.backends.soft.profiles import Profile
+from anykvm.backends.soft.upcall import in_device_fault
 from anykvm.backends.soft.usercopy import copy_from_user
 from anykvm.backends.soft.vcpu import Vcpu, VcpuFile, create_vcpu
+from anykvm.host.atomic import Finalizer
 from anykvm.host.ranges import PAGE_SIZE
 
 TSC_KHZ: Final = 1_000_000
 """Guests' TSC frequency unless KVM_SET_TSC_KHZ says otherwise: 1 GHz, one tick a nanosecond."""
 MAX_TSC_KHZ: Final = 1 << 32
 """KVM_SET_TSC_KHZ takes a 32-bit number."""
-KVM_MIN_ALLOC_MMU_PAGES: Final = 64
 _MAX_TSS_ADDR: Final = (1 << 32) - 3 * PAGE_SIZE
 
 
@@ -40,17 +41,28 @@ class Vm:
         """An empty VM of a KVM_X86_*_VM type. Raises OSError from the signal handlers; Refused: ENOMEM."""
         engine = library()
         install_handlers(engine)
+        try:
+            self.lock = threading.RLock()  # taken on workers only: see anykvm.host.atomic
+            """kvm->lock and kvm->slots_lock."""
+        except RuntimeError:  # what it says instead of MemoryError
+            raise Refused(errno.ENOMEM) from None
         address: int = engine.ak_vm_create()
         if not address:
             raise Refused(errno.ENOMEM)
+        try:
+            self._set_up(address, profile, type)
+        except BaseException:
+            engine.ak_vm_destroy(address)
+            raise
+
+    def _set_up(self, address: int, profile: Profile, type: int) -> None:
+        engine = library()
         self.address = address
         """Of struct ak_vm."""
         self.profile = profile
         self.type = type
         bit = profile.private_gpa_bit if type == c.KVM_X86_SW_PROTECTED_VM else None
         engine.ak_vm_configure(address, 0 if bit is None else 1 << bit, profile.map_writable)
-        self.lock = threading.RLock()
-        """kvm->lock and kvm->slots_lock."""
         self.vcpus: dict[int, Vcpu] = {}
         """By vCPU id. A vCPU lives until its VM goes, also without a descriptor."""
         spaces, gmem = map(self.check_extension, (c.KVM_CAP_MULTI_ADDRESS_SPACE, c.KVM_CAP_GUEST_MEMFD))
@@ -59,8 +71,10 @@ class Vm:
         self.bsp_vcpu_id = 0
         self.max_vcpu_ids = 0
         """Limit of KVM_ENABLE_CAP(KVM_CAP_MAX_VCPU_ID); 0: not set."""
-        finalizer = weakref.finalize(self, _destroy, address, self.vcpus, engine.ak_mm_generation())
-        finalizer.atexit = False  # the process's end frees everything, and threads may still be running guests
+        self.refusal_hook: object = None
+        """Keeps what the engine asks about page look-ups (refusal.c); a layer's."""
+        # Not at the process's end: that frees everything, and threads may still be running guests.
+        Finalizer(self, _destroy, address, self.vcpus, engine.ak_mm_generation())
 
     def check_extension(self, capability: int) -> int:
         """KVM_CHECK_EXTENSION: the value of a capability in this VM."""
@@ -70,6 +84,11 @@ class Vm:
         """Refused: EIO when the VM belongs to another process (it was made before a fork) or is dead."""
         if library().ak_vm_dead(self.address):
             raise Refused(errno.EIO, "the VM is dead, or was made in another process")
+
+    def check_not_in_device_fault(self) -> None:
+        """Refused: EDEADLK for a device's fault handler, which the VM's vCPUs wait for, and its lock for them."""
+        if in_device_fault() and library().ak_vm_in_device_fault(self.address):
+            raise Refused(errno.EDEADLK, IN_DEVICE_FAULT)
 
     def kill(self) -> None:
         """kvm_vm_dead(): every later ioctl of the VM and its vCPUs is EIO; running vCPUs return it."""
@@ -90,6 +109,8 @@ class VmFile(File):
     """A VM's descriptor."""
 
     kind = "anon_inode:kvm-vm"
+    direct = frozenset((n.KVM_CHECK_EXTENSION, n.KVM_GET_TSC_KHZ))
+    """They read one thing, without the VM's lock."""
 
     def __init__(self, vm: Vm) -> None:
         """Keeps ``vm`` alive."""
@@ -99,8 +120,11 @@ class VmFile(File):
         """Do a VM ioctl. Refused: EIO as ``Vm.check_alive``; ENOTTY for one a VM does not have; as each says."""
         self.vm.check_alive()
         handler = _HANDLERS.get(request)
-        if handler is None:
+        if handler is None or request in self.vm.profile.absent_ioctls:
             raise Refused(errno.ENOTTY, "not an ioctl of a VM, or not offered")
+        if request in self.direct:
+            return handler(self.vm, arg)
+        self.vm.check_not_in_device_fault()
         with self.vm.lock:
             return handler(self.vm, arg)
 
@@ -142,8 +166,13 @@ def _create_vcpu(vm: Vm, arg: int) -> int:
         raise Refused(errno.EEXIST, f"this vcpu_id is in use: {arg}")
     ring_size = vm.memslots.dirty.ring_size
     fd, vcpu = create_vcpu(vm.address, arg, vm.profile, bsp=arg == vm.bsp_vcpu_id, ring_size=ring_size)
-    vm.vcpus[arg] = vcpu
-    FILES.install(fd, VcpuFile(vcpu, vm))
+    try:
+        FILES.install(fd, VcpuFile(vcpu, vm))
+        vm.vcpus[arg] = vcpu
+    except BaseException:
+        FILES.close(fd)
+        vcpu.destroy()
+        raise
     return fd
 
 

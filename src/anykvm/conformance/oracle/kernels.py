@@ -29,8 +29,14 @@ class Kernel(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Name the folder in which the oracle keeps what it downloads: below XDG_CACHE_HOME, or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Name the folder in which the oracle keeps what it downloads: below XDG_CACHE_HOME, or ~/.cache.
+
+    Raises OracleError if there is no home.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise OracleError("no home directory to keep kernels in: set HOME or XDG_CACHE_HOME") from None
     return Path(base) / "anykvm" / "oracle"
 
 

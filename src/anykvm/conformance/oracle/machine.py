@@ -36,8 +36,8 @@ class Settings(NamedTuple):
     """Seconds for all of it, booting included."""
     output: Path | None = None
     """A folder that the command may write to, under the same path; made if missing."""
-    console: Path | None = None
-    """A file for all that the machine's console says."""
+    console: BinaryIO | None = None
+    """A file, open for writing, for all that the machine's console says."""
 
 
 class _Tail:
@@ -91,18 +91,20 @@ def run(
         control = folder / "control"
         control.mkdir()
         (folder / "initrd").write_bytes(initramfs.build(busybox, kernel.modules))
-        (control / "command").write_text(script(command, os.environ, os.getcwd()))
+        (control / "command").write_bytes(os.fsencode(script(command, os.environ, os.getcwd())))
         shares = [qemu.Share("control", control, True), qemu.Share("host", Path("/"), False)]
         if settings.output:
-            (control / "output").write_text(str(settings.output.resolve()))
+            (control / "output").write_bytes(os.fsencode(settings.output.resolve()))
             shares.append(qemu.Share("output", settings.output.resolve(), True))
         line = qemu.command_line(kernel.image, folder / "initrd", shares, settings.smp, settings.memory)
         say(f"booting Linux {kernel.version} ({settings.smp} CPU, {settings.memory} MiB)")
-        console = settings.console or folder / "console"
-        tails = (
+        console = folder / "console"
+        tails = [
             _Tail(control / "stdout", stdout or sys.stdout.buffer),
             _Tail(control / "stderr", stderr or sys.stderr.buffer),
-        )
+        ]
+        if settings.console:
+            tails.append(_Tail(console, settings.console))
         return _watch(line, control, console, tails, settings.timeout, say, booting)
 
 
@@ -126,7 +128,7 @@ def _watch(
     line: list[str],
     control: Path,
     console: Path,
-    tails: tuple[_Tail, ...],
+    tails: list[_Tail],
     timeout: float | None,
     say: Say,
     booting: Callable[[float], object],
@@ -150,8 +152,9 @@ def _watch(
                 time.sleep(_POLL_SECONDS)
         finally:
             process.kill()
-    for tail in tails:
-        tail.pass_on()
+            process.wait()
+            for tail in tails:
+                tail.pass_on()
     status = _status(control / "status")
     if status == _NO_STATUS:
         why = reason(console.read_bytes()) or f"QEMU ended with code {ended}"

@@ -6,12 +6,13 @@ import os
 
 from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
+from anykvm.abi.names import errno_name
 from anykvm.conformance import guest_code as code
 from anykvm.conformance.host import PAGE, inaccessible
 from anykvm.conformance.layout import TEST
 from anykvm.conformance.machine import Machine
 from anykvm.conformance.observe import POISON_REASON
-from anykvm.conformance.outcome import attempt, errno_name
+from anykvm.conformance.outcome import attempt
 from anykvm.conformance.scenario import Lab, scenario
 
 AREA = "run_errors"

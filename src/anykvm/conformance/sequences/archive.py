@@ -10,7 +10,6 @@ import json
 import lzma
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any, Final
 
 from anykvm.conformance.golden_file import Record
@@ -32,16 +31,16 @@ def slim(record: Record) -> Record:
     return {field: value for field, value in record.items() if field not in left_out}
 
 
-def write_archive(path: Path, batch: Batch) -> None:
-    """Write a file. Raises OSError."""
+def archived(batch: Batch) -> bytes:
+    """Give the content of a file."""
     lines = [json.dumps(batch.about)]
     for seed, records in sorted(batch.sequences.items()):
         lines.append(json.dumps([seed, _changes(records)], separators=(",", ":")))
-    path.write_bytes(lzma.compress("\n".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME))
+    return lzma.compress("\n".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME)
 
 
 def read_archive(data: bytes) -> Batch:
-    """Read what ``write_archive`` wrote. Raises ValueError, lzma.LZMAError for what is none."""
+    """Read what ``archived`` gave. Raises ValueError, lzma.LZMAError for what is none."""
     first, *others = lzma.decompress(data).decode().split("\n")
     return Batch(json.loads(first), {seed: _records(changes) for seed, changes in map(json.loads, others)})
 

@@ -31,6 +31,7 @@ SECONDS: Final = 30.0
 """After which a sequence hangs."""
 _PROGRESS: Final = 100
 _PATIENCE: Final = 4 * SECONDS
+_MOST_SEEDS: Final = 1_000_000
 _NOT_HERE: Final = "random sequences are never run on this machine's own kernel: only in `anykvm oracle`"
 
 
@@ -92,16 +93,20 @@ def parse_seeds(text: str) -> list[int]:
         first, colon, end = part.partition(":")
         if not first.isdigit() or (colon and not end.isdigit()):
             raise ValueError(f"{text!r} is not SEED or FIRST:END")
-        found = range(int(first), int(end)) if colon else [int(first)]
+        found = range(int(first), int(end)) if colon else range(int(first), int(first) + 1)
+        if found.stop - found.start > _MOST_SEEDS:
+            raise ValueError(f"{part!r} is more than {_MOST_SEEDS:,} seeds")
         if not found:
             raise ValueError(f"{part!r} has no seed: END is the first behind the range")
+        if len(seeds) + len(found) > _MOST_SEEDS:
+            raise ValueError(f"{text!r} is more than {_MOST_SEEDS:,} seeds")
         seeds += found
     return seeds
 
 
 def read_batch(path: Path) -> Batch:
     """Read a file, also an unfinished one. Raises OSError; ValueError for what is none."""
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text("utf-8").splitlines(keepends=True)
     whole = [json.loads(line) for line in lines if line.endswith("\n")]
     if not whole or whole[0].get("n") != ABOUT:
         raise ValueError(f"{path.name}: not a file of sequences")

@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from anykvm.abi import constants as c
 from anykvm.abi import ioctls as n
+from anykvm.abi.reading import span
+from anykvm.abi.structures import kvm_run
 from anykvm.conformance import layout
 from anykvm.conformance.machine import run_vcpu
 from anykvm.conformance.outcome import attempt
@@ -20,7 +22,7 @@ from anykvm.conformance.sequences.world import FREE, World
 _PAGE_FAULT: Final = 14
 _SECONDS: Final = 2.0
 """A run that takes so long is ended by a signal; the generator makes no guest that runs for ever."""
-_DATA_OFFSET: Final = 40
+_MMIO_DATA: Final = span(kvm_run, "mmio.data")
 _ANSWER: Final = 0x9E3779B97F4A7C15
 _UPPER: Final = 0x00007FFF00000000
 _LOWER: Final = 0x3FFF
@@ -125,7 +127,7 @@ def _answer(w: World, number: int) -> None:
     random = number * _ANSWER
     value = (random & _UPPER | FREE | random & _LOWER).to_bytes(8, "little")
     if run.exit_reason == c.KVM_EXIT_MMIO and not run.mmio.is_write:
-        w.m.vcpu.io_page[_DATA_OFFSET : _DATA_OFFSET + 8] = value
+        w.m.vcpu.io_page[_MMIO_DATA] = value
     elif run.exit_reason == c.KVM_EXIT_IO and run.io.direction == c.KVM_EXIT_IO_IN:
         length = run.io.size * run.io.count
         w.m.pio_data(length)[:] = (value * (length // 8 + 1))[:length]

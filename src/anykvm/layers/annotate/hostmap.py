@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from anykvm.abi.names import errno_name
+from anykvm.layers.annotate.backing import refusal
 
 _PAGE: Final = 4096
 _POPULATE: Final = ((22, "MADV_POPULATE_READ"), (23, "MADV_POPULATE_WRITE"))
@@ -32,6 +33,12 @@ class Vma:
     """As the kernel writes it: ``rw-s``."""
     path: str
     """The file, or a name in brackets; empty for anonymous memory."""
+    offset: int = 0
+    """Where in the file it begins."""
+    device: int = 0
+    """The file's device number, as ``st_dev``."""
+    inode: int = 0
+    """The file's inode number; 0 if there is no file."""
 
     def __str__(self) -> str:
         """Name it as a sentence wants it.
@@ -79,8 +86,13 @@ class HostMap:
             return None
         span, perms, *rest = self._lines[at].split(None, 5)
         end = int(span.partition(b"-")[2], 16)
+        if hva >= end:
+            return None
+        offset, device, inode = rest[:3]
+        major, _, minor = device.partition(b":")
         path = rest[3].decode(errors="replace") if len(rest) > 3 else ""
-        return Vma(self._starts[at], end, perms.decode(), path) if hva < end else None
+        number = os.makedev(int(major, 16), int(minor, 16))
+        return Vma(self._starts[at], end, perms.decode(), path, int(offset, 16), number, int(inode))
 
     def ask(self, hva: int, write: bool) -> Answer:
         """Ask whether the host would let KVM have the page, as ``get_user_pages()`` decides.
@@ -107,9 +119,7 @@ class HostMap:
         if code == _EHWPOISON:
             return Answer(f"which is a poisoned page ({vma})", touch)
         if code == errno.EFAULT:
-            return Answer(
-                f"which cannot be had: beyond the end of the file, or its fault handler failed ({vma})", touch
-            )
+            return Answer(refusal(vma, hva), touch)
         if code == errno.ENOMEM:
             return Answer(f"for which there is no memory ({vma})", touch)
         # Kernels before 5.14, and device memory: ask by reading.

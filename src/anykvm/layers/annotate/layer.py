@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import threading
 from typing import Final, Literal
+from weakref import WeakKeyDictionary
 
 from anykvm.abi import ioctls as n
 from anykvm.abi.constants import KVM_EXIT_MEMORY_FAULT
-from anykvm.abi.structures import kvm_run, kvm_userspace_memory_region, kvm_userspace_memory_region2
 from anykvm.abi.validity import memory_fault_valid
 from anykvm.backends.base import Backend
+from anykvm.host.atomic import atomically_or_here
 from anykvm.layers.annotate.cause import Cause
 from anykvm.layers.annotate.cpu import Cpu
 from anykvm.layers.annotate.finder import Finder
 from anykvm.layers.annotate.hostmap import HostMap
-from anykvm.layers.annotate.memory import PAGE, GuestPhysical, Slot
+from anykvm.layers.annotate.memory import GuestPhysical
+from anykvm.layers.base import Layer
+from anykvm.layers.shadow import LEARNED, PAGE, Shadow, ShadowVcpu
 
 _KVM_RUN: Final = n.KVM_RUN
 _EFAULT: Final = errno.EFAULT
-_REGIONS: Final = {
-    n.KVM_SET_USER_MEMORY_REGION: kvm_userspace_memory_region,
-    n.KVM_SET_USER_MEMORY_REGION2: kvm_userspace_memory_region2,
-}
 _GRANTED: Final = "the host now grants every page that the instruction is known to need"
-_LEARNED: Final = frozenset((n.KVM_CREATE_VM, n.KVM_CREATE_VCPU, *_REGIONS))
 
 
 class UnresolvedAccess(OSError):
@@ -38,20 +35,15 @@ class UnresolvedAccess(OSError):
     """What was found."""
 
 
-class _Vm:
+class _Found:
+    """What was found for a vCPU's last EFAULT."""
+
     def __init__(self) -> None:
-        self.slots: dict[int, Slot] = {}
-
-
-class _Vcpu:
-    def __init__(self, vm: _Vm) -> None:
-        self.vm = vm
-        self.page = 0  # the layer's own mapping of kvm_run
         self.cause: Cause | None = None
         self.unexplained = ""
 
 
-class Annotate:
+class Annotate(Layer):
     """Explains bare EFAULTs of the backend it wraps; implements ``anykvm.backends.base.Backend``.
 
     When KVM_RUN fails with EFAULT and kvm_run has no valid memory_fault, the cause is looked for, kept for
@@ -68,30 +60,15 @@ class Annotate:
         """Wrap ``inner``. Raises ValueError for another mode."""
         if mode not in ("strict", "fill"):
             raise ValueError(f"no mode {mode!r}; there are strict, fill")
-        self.inner = inner
+        super().__init__(inner)
         self.mode = mode
         self._inner_ioctl = inner.ioctl
-        self._lock = threading.Lock()
-        self._vms: dict[int, _Vm] = {}
-        self._vcpus: dict[int, _Vcpu] = {}
+        self._shadow = Shadow(inner)
+        self._found: WeakKeyDictionary[ShadowVcpu, _Found] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         """Show what it wraps."""
         return f"Annotate({self.inner!r}, mode={self.mode!r})"
-
-    @property
-    def name(self) -> str:
-        """The wrapped backend's."""
-        return self.inner.name
-
-    @property
-    def profile(self) -> str:
-        """The wrapped backend's."""
-        return self.inner.profile
-
-    def open(self) -> int:
-        """Forward; see ``Backend.open``."""
-        return self.inner.open()
 
     def ioctl(self, fd: int, request: int, arg: int = 0) -> int:
         """Forward; see ``Backend.ioctl``. Raises UnresolvedAccess (an OSError with EFAULT) where it has a cause."""
@@ -101,44 +78,40 @@ class Annotate:
             except OSError as error:
                 if error.errno != _EFAULT:
                     raise
-                cause = self._explain(fd)
+                cause = atomically_or_here(self._explain, fd)
                 if cause is None:
                     if unexplained := self.last_unexplained(fd):
                         error.add_note(f"annotate: {unexplained}")
                     raise
                 explained = UnresolvedAccess(_EFAULT, f"KVM_RUN: {cause.reason}")
                 explained.cause = cause
-                raise explained from None
+                raise explained from error.__cause__
+        if request in LEARNED:
+            return atomically_or_here(self._do_and_learn, fd, request, arg)
+        return self._inner_ioctl(fd, request, arg)
+
+    def _do_and_learn(self, fd: int, request: int, arg: int) -> int:
         result = self._inner_ioctl(fd, request, arg)
-        if request in _LEARNED:
-            self._learn(fd, request, arg, result)
+        self._shadow.learn(fd, request, arg, result)
         return result
-
-    def mmap(self, fd: int, length: int, offset: int) -> int:
-        """Forward; see ``Backend.mmap``."""
-        return self.inner.mmap(fd, length, offset)
-
-    def munmap(self, address: int, length: int) -> None:
-        """Forward; see ``Backend.munmap``."""
-        self.inner.munmap(address, length)
 
     def close(self, fd: int) -> None:
         """Forward, and forget the descriptor; see ``Backend.close``."""
-        with self._lock:
-            self._vms.pop(fd, None)
-            vcpu = self._vcpus.pop(fd, None)
-        self._forget(vcpu)
+        atomically_or_here(self._close, fd)
+
+    def _close(self, fd: int) -> None:
+        self._shadow.close(fd)
         self.inner.close(fd)
 
     def last_cause(self, fd: int) -> Cause | None:
         """What the last bare EFAULT of a vCPU's descriptor was; None if there was none, or nothing was found."""
-        vcpu = self._vcpus.get(fd)
-        return None if vcpu is None else vcpu.cause
+        found = self._last(fd)
+        return None if found is None else found.cause
 
     def last_unexplained(self, fd: int) -> str:
         """Why nothing was found for the last EFAULT that was looked at of a vCPU's descriptor; empty if a cause was."""
-        vcpu = self._vcpus.get(fd)
-        return "" if vcpu is None else vcpu.unexplained
+        found = self._last(fd)
+        return "" if found is None else found.unexplained
 
     def explain(self, fd: int) -> Cause | None:
         """Look for the cause of the EFAULT that KVM_RUN on a vCPU's descriptor has just given, annotated or not.
@@ -146,51 +119,28 @@ class Annotate:
         None where there is none to be found, or the descriptor is not a vCPU's that this layer saw being made. Raises
         OSError if the vCPU cannot be asked for its registers.
         """
-        vcpu = self._vcpus.get(fd)
-        return None if vcpu is None else self._find(fd, vcpu)
+        vcpu = self._shadow.vcpu(fd)
+        if vcpu is None:
+            return None
+        return atomically_or_here(self._find, fd, vcpu, self._found.setdefault(vcpu, _Found()))
 
-    def _learn(self, fd: int, request: int, arg: int, result: int) -> None:
-        """Remember what an ioctl that worked has made."""
-        old: _Vcpu | None = None
-        with self._lock:
-            if request == n.KVM_CREATE_VM:
-                self._vms[result] = _Vm()
-            elif (vm := self._vms.get(fd)) is None:
-                return
-            elif request == n.KVM_CREATE_VCPU:
-                old = self._vcpus.pop(result, None)  # closed behind our back
-                made = self._vcpus[result] = _Vcpu(vm)
-                # Now, and not when something fails: it could land where guest memory was taken away.
-                with contextlib.suppress(OSError):
-                    made.page = self.inner.mmap(result, PAGE, 0)
-            else:
-                region = _REGIONS[request].from_address(arg)
-                if region.memory_size:
-                    vm.slots[region.slot] = Slot(
-                        region.slot, region.flags, region.guest_phys_addr, region.memory_size, region.userspace_addr
-                    )
-                else:
-                    vm.slots.pop(region.slot, None)
-        self._forget(old)
-
-    def _forget(self, vcpu: _Vcpu | None) -> None:
-        if vcpu is not None and vcpu.page:
-            with contextlib.suppress(OSError):
-                self.inner.munmap(vcpu.page, PAGE)
+    def _last(self, fd: int) -> _Found | None:
+        vcpu = self._shadow.vcpu(fd)
+        return None if vcpu is None else self._found.get(vcpu)
 
     def _explain(self, fd: int) -> Cause | None:
         """Find the cause of a KVM_RUN that has just failed with EFAULT on ``fd``."""
-        vcpu = self._vcpus.get(fd)
+        vcpu = self._shadow.vcpu(fd)
         if vcpu is None or not vcpu.page:
             return None
-        vcpu.cause, vcpu.unexplained = None, ""
+        found = self._found[vcpu] = _Found()
         try:
-            run = kvm_run.from_address(vcpu.page)
+            run = vcpu.run
             if memory_fault_valid(_EFAULT, run.exit_reason):
                 return None
-            cause = vcpu.cause = self._find(fd, vcpu)
+            cause = found.cause = self._find(fd, vcpu, found)
         except OSError as error:  # the vCPU cannot be asked, or there is no /proc: the bare EFAULT stays what it is
-            vcpu.unexplained = f"the vCPU or this process's mappings cannot be looked at: {error.strerror}"
+            found.unexplained = f"the vCPU or this process's mappings cannot be looked at: {error.strerror}"
             return None
         if cause is not None and self.mode == "fill" and not cause.ambiguous:
             run.exit_reason = KVM_EXIT_MEMORY_FAULT
@@ -199,11 +149,10 @@ class Annotate:
             run.memory_fault.size = PAGE
         return cause
 
-    def _find(self, fd: int, vcpu: _Vcpu) -> Cause | None:
-        with self._lock:
-            slots = tuple(vcpu.vm.slots.values())
+    def _find(self, fd: int, vcpu: ShadowVcpu, found: _Found) -> Cause | None:
+        slots = self._shadow.slots(vcpu.vm)
         with contextlib.closing(HostMap()) as host:
             finder = Finder(Cpu(self.inner, fd), GuestPhysical(slots, host), hardware=self.inner.name == "device")
             cause = finder.find()
-        vcpu.unexplained = "" if cause is not None else finder.unknown or _GRANTED
+        found.unexplained = "" if cause is not None else finder.unknown or _GRANTED
         return cause

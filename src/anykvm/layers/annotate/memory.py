@@ -2,27 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
-
-from anykvm.abi.constants import KVM_MEM_READONLY
 from anykvm.layers.annotate.hostmap import HostMap
-
-PAGE: Final = 4096
-
-
-class Slot(NamedTuple):
-    """A memslot of address space 0, or of the one in its upper 16 bits."""
-
-    slot: int
-    flags: int
-    gpa: int
-    size: int
-    hva: int
-
-    @property
-    def read_only(self) -> bool:
-        """KVM_MEM_READONLY: writes are device accesses, and table entries in it are not written."""
-        return bool(self.flags & KVM_MEM_READONLY)
+from anykvm.layers.shadow import PAGE as PAGE
+from anykvm.layers.shadow import Slot as Slot
 
 
 class GuestPhysical:

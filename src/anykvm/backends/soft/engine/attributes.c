@@ -42,7 +42,7 @@ static bool reserve(struct ak_vm *vm, u32 more)
     if (vm->nprivate + more <= vm->private_room)
         return true;
     u32 room = vm->private_room ? vm->private_room * 2 : 16;
-    struct ak_range *grown = realloc(vm->private_ranges, room * sizeof *grown);
+    struct ak_range *grown = ak_realloc(vm->private_ranges, room * sizeof *grown);
     if (!grown)
         return false;
     vm->private_ranges = grown;

@@ -99,7 +99,7 @@ void helper_rdpmc_x86_64(struct CPUX86State *env)
 /* Take over a table. 0 or -ENOMEM. */
 int ak_cpuid_load(struct ak_vcpu *v, const struct kvm_cpuid_entry2 *entries, u32 n)
 {
-    struct kvm_cpuid_entry2 *copy = malloc((n ? n : 1) * sizeof *copy);
+    struct kvm_cpuid_entry2 *copy = ak_malloc((n ? n : 1) * sizeof *copy);
     if (!copy)
         return -ENOMEM;
     memcpy(copy, entries, n * sizeof *copy);

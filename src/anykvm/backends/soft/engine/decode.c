@@ -32,6 +32,7 @@ struct ak_decoded ak_decode(struct CPUX86State *env, u64 pc)
     for (u32 n = 0; n < 14; n++) {
         u8 b = ak_code_byte(env, pc + n);
         d.size = n + 1;
+        d.prefixes = n;
         switch (b) {
         case 0x66: d.opsize = true; continue;
         case 0xf2: d.f2 = true; continue;
@@ -42,8 +43,10 @@ struct ak_decoded ak_decode(struct CPUX86State *env, u64 pc)
         case 0xc4: case 0xc5: decode_vex(env, pc + n, b, mode64, &d); return d;
         case 0x0f: break;
         default:
-            if (mode64 && (b & 0xf0) == 0x40)
+            if (mode64 && (b & 0xf0) == 0x40) {
+                d.rex |= b;
                 continue;
+            }
             d.opcode = b;
             return d;
         }
@@ -128,6 +131,12 @@ bool ak_needs_align16(const struct ak_decoded *d)
     if (op >= 0x51 && op <= 0x5f)
         return true;
     return d->opsize && ((op >= 0x60 && op <= 0x6d) || (op >= 0x74 && op <= 0x76) || (op >= 0xd1 && op <= 0xfe));
+}
+
+/* Whether the ModRM byte's reg field names an MMX register in the maps of SSSE3. There are eight, so REX.R means nothing. */
+bool ak_names_mmx(const struct ak_decoded *d)
+{
+    return !d->opsize && !d->f2 && !d->f3 && ((d->map == 2 && d->opcode < 0x20) || (d->map == 3 && d->opcode == 0x0f));
 }
 
 /* The size of a memory operand of which the engine reads more than there is; 0: it does not. */

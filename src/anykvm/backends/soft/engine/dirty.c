@@ -10,7 +10,6 @@
 
 #define DIRTY_GFN_F_DIRTY 1u
 #define DIRTY_GFN_F_RESET 2u
-#define KVM_DIRTY_RING_RSVD_ENTRIES 64 /* for what one instruction or delivery can still dirty beyond the soft limit */
 
 struct ak_dirty_gfn { /* struct kvm_dirty_gfn: shared with user space */
     u32 flags, slot;
@@ -27,7 +26,7 @@ static u32 ring_used(const struct ak_dirty_ring *ring)
 /* kvm_dirty_ring_soft_full(): row 21, the guest is not to be entered. */
 bool ak_dirty_ring_full(const struct ak_vcpu *v)
 {
-    return v->ring.size && ring_used(&v->ring) >= v->ring.size - KVM_DIRTY_RING_RSVD_ENTRIES;
+    return v->ring.size && ring_used(&v->ring) >= v->ring.size - AK_DIRTY_RING_RESERVED;
 }
 
 /* kvm_dirty_ring_push(). The guest leaves at the next boundary once the ring is at its soft limit. */
@@ -79,7 +78,7 @@ static bool any(const u64 *bitmap, const u64 *mask, u64 words)
  * belongs to the next harvest. */
 int ak_get_dirty_log(struct ak_vm *vm, u64 *bitmap, u64 npages, u64 to, bool keep)
 {
-    u64 words = (npages + 63) / 64, *copy = calloc(words, sizeof *copy);
+    u64 words = (npages + 63) / 64, *copy = ak_calloc(words, sizeof *copy);
     if (!copy)
         return -ENOMEM;
     if (keep) {
@@ -103,7 +102,7 @@ int ak_get_dirty_log(struct ak_vm *vm, u64 *bitmap, u64 npages, u64 to, bool kee
  * is page `first`. 0, -EFAULT or -ENOMEM. */
 int ak_clear_dirty_log(struct ak_vm *vm, u64 *bitmap, u64 first, u32 npages, u64 from)
 {
-    u64 words = ((u64)npages + 63) / 64, *mask = calloc(words + 1, sizeof *mask);
+    u64 words = ((u64)npages + 63) / 64, *mask = ak_calloc(words + 1, sizeof *mask);
     if (!mask)
         return -ENOMEM;
     bitmap += first / 64;

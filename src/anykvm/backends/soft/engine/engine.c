@@ -2,11 +2,10 @@
  * clears a stop that came just before it, and runs hooks nobody has. */
 #define _GNU_SOURCE
 #include "engine_internal.h"
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unicorn/unicorn.h>
-
-#define TCG_BUFFER (32u << 20)
 
 __thread struct ak_vcpu *ak_current __attribute__((tls_model("initial-exec")));
 static uintptr_t jit_slot_offset; /* from ak_enter's frame down to the return address of a helper that translated code calls */
@@ -31,7 +30,7 @@ static bool open_engine(struct ak_vcpu *v)
     if (uc_open(UC_ARCH_X86, UC_MODE_64, &uc) != UC_ERR_OK)
         return false;
     v->uc = (struct uc_struct *)uc;
-    if (uc_ctl_set_cpu_model(uc, UC_CPU_X86_EPYC_ROME) || uc_ctl_set_tcg_buffer_size(uc, TCG_BUFFER) ||
+    if (uc_ctl_set_cpu_model(uc, UC_CPU_X86_EPYC_ROME) || uc_ctl_set_tcg_buffer_size(uc, AK_CODE_SIZE) ||
         uc_ctl_exits_enable(uc) ||
         uc_mem_map_ptr(uc, AK_HOST_WINDOW_BASE, AK_HOST_WINDOW_SIZE, UC_PROT_ALL, (void *)AK_HOST_WINDOW_BASE) ||
         uc_mmio_map(uc, AK_MMIO_WINDOW_BASE, AK_MMIO_WINDOW_SIZE, device_stub_read, NULL, device_stub_write, NULL) ||
@@ -45,36 +44,56 @@ static bool open_engine(struct ak_vcpu *v)
     return true;
 }
 
-struct ak_vcpu *ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run)
+/* Make the engine of a vCPU, on its heap. False: it would have ended the process. */
+static bool make_engine(struct ak_vcpu *v)
 {
-    struct ak_vcpu *v = calloc(1, sizeof *v);
+    struct ak_heap *outer = ak_heap;
+    sigjmp_buf landing;
+    volatile bool made = false;
+    ak_heap = v->heap;
+    if (!sigsetjmp(landing, 0)) {
+        v->heap->landing = &landing;
+        made = open_engine(v);
+        if (made)
+            ak_vcpu_reset(v);
+    }
+    v->heap->landing = NULL;
+    ak_heap = outer;
+    return made;
+}
+
+/* kvm_vm_ioctl_create_vcpu(). 0 or -ENOMEM. All memory that the vCPU will use is taken here. */
+int ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run, struct ak_vcpu **result)
+{
+    struct ak_vcpu *v = ak_calloc(1, sizeof *v);
     if (!v)
-        return NULL;
+        return -ENOMEM;
     v->vm = vm;
     v->id = id;
     v->run = run;
-    if (!open_engine(v)) {
-        if (v->uc)
-            uc_close((uc_engine *)v->uc);
+    if (ak_heap_create(&v->heap)) {
         free(v);
-        return NULL;
+        return -ENOMEM;
     }
-    ak_vcpu_reset(v);
+    if (!make_engine(v)) {
+        ak_heap_destroy(v->heap);
+        free(v);
+        return -ENOMEM;
+    }
+    v->heap->vcpu = v;
     pthread_mutex_init(&v->mutex, NULL);
     v->sync_supported = KVM_SYNC_X86_VALID_FIELDS;
-    if (ak_watch(v)) {
-        uc_close((uc_engine *)v->uc);
-        free(v);
-        return NULL;
-    }
+    ak_watch(v);
     pthread_mutex_lock(&vm->lock);
     v->next = vm->vcpus;
     vm->vcpus = v;
     vm->nvcpus++;
     pthread_mutex_unlock(&vm->lock);
-    return v;
+    *result = v;
+    return 0;
 }
 
+/* The engine is not closed: all that it has is memory of its heap. */
 void ak_vcpu_destroy(struct ak_vcpu *v)
 {
     struct ak_vm *vm = v->vm;
@@ -87,11 +106,7 @@ void ak_vcpu_destroy(struct ak_vcpu *v)
             break;
         }
     pthread_mutex_unlock(&vm->lock);
-    ak_current = v; /* closing invalidates translations, which calls back */
-    v->uc->nested_level = 0;
-    uc_close((uc_engine *)v->uc);
-    ak_current = NULL;
-    ak_code_pages_free(v);
+    ak_heap_destroy(v->heap);
     free(v->cpuid);
     free(v);
 }
@@ -176,8 +191,7 @@ uintptr_t ak_helper_return(const struct ak_vcpu *v)
     return jit_slot_offset ? *(uintptr_t *)(v->frame - jit_slot_offset) : 0;
 }
 
-/* Run guest code until there is something to say; the reason is v->exit.kind. One thread at a time per vCPU. */
-void ak_enter(struct ak_vcpu *v)
+static void __attribute__((noinline)) enter(struct ak_vcpu *v)
 {
     struct CPUState *cpu = v->cpu;
     v->exit.kind = AK_EXIT_NONE;
@@ -192,6 +206,8 @@ void ak_enter(struct ak_vcpu *v)
     v->frame = (uintptr_t)__builtin_frame_address(0);
     ak_current = v;
     v->interruptible = 1;
+    if (__builtin_expect(v->heap->low, 0))
+        ak_forget_code(v);
     ak_check_code(v);
     v->interruptible = 0;
     ak_deliver_pending(v);
@@ -214,6 +230,33 @@ void ak_enter(struct ak_vcpu *v)
     ak_current = NULL;
 }
 
+/* The engine gave up in the middle of something. What it has cannot be relied on: the vCPU keeps its registers, and no more. */
+static void failed(struct ak_vcpu *v)
+{
+    ak_current = NULL;
+    v->broken = 1;
+    v->interruptible = v->translating = v->delivering = v->emulation = 0;
+    v->nlog = v->nreplay = v->nfragments = 0;
+    v->exit.kind = AK_EXIT_ENGINE;
+}
+
+/* Run guest code until there is something to say; the reason is v->exit.kind. The caller holds the vCPU's lock. */
+void ak_enter(struct ak_vcpu *v)
+{
+    sigjmp_buf landing;
+    struct ak_heap *h = v->heap;
+    const struct ak_float thread = ak_float_enter();
+    if (sigsetjmp(landing, 0)) {
+        ak_heap->landing = NULL;
+        failed(ak_heap->vcpu);
+    } else {
+        h->landing = &landing;
+        enter(v);
+        h->landing = NULL;
+    }
+    ak_float_leave(thread);
+}
+
 /* Make the vCPU leave guest code at the next block boundary. Any thread; safe in a signal handler. */
 void ak_kick(struct ak_vcpu *v)
 {
@@ -225,12 +268,4 @@ void ak_kick(struct ak_vcpu *v)
 void ak_flush_tlb(struct ak_vcpu *v)
 {
     tlb_flush_x86_64(v->cpu);
-}
-
-/* Where the contract's fields are, for its ctypes mirror (native.py). */
-int ak_contract_offset(int field)
-{
-    static const int offsets[] = {offsetof(struct ak_vcpu, exit), offsetof(struct ak_vcpu, completion),
-                                  offsetof(struct ak_vcpu, sync_supported), offsetof(struct ak_vcpu, mp_state)};
-    return offsets[field];
 }

@@ -3,14 +3,20 @@
  * The adapter is C because Unicorn's internal functions must be replaced (stock faults: stores executed twice, lost
  * stops, no SYSCALL, ...) and because a TLB fill must not enter Python. One subject per file:
  *   vm.c          life, slots' updates, guest mode      slots.c     the memslot table
+ *   heap.c        the memory of a vCPU's engine         alloc.c     what the engine calls for it
+ *   memory.c      all other memory
  *   engine.c      vCPUs: create, enter, kick            mmu.c       guest page tables (first stage)
  *   fault.c       second stage, TLB fill                hva.c       host pages, asked as KVM asks
  *   dirty.c       dirty tracking                        mapped.c    what a first read dirties
+ *   files.c       which object a descriptor stands for  search.c    files that were closed without a word
+ *   exports.h     what the library is called by         layout.c    what Python knows too
  *   host.c        guarded access, SIGSEGV/SIGBUS        operand.c   which memory a host instruction accesses
  *   attributes.c  which guest frames are private        gmem.c      guest_memfd
  *   gmem_file.c   what its file refuses                 interpose.c in front of the C library
+ *   file_size.c   RLIMIT_FSIZE
  *   signals.c     KVM_RUN's signal mask                 ticker.c    what makes it look for signals
- *   python_signals.c  Ctrl-C in CPython                 coherence.c code that changes
+ *   python_signals.c  Ctrl-C in CPython                 poke.c      and what wakes one that sleeps
+ *   coherence.c   code that changes
  *   emulate.c     MMIO: one instruction, replayed       instruction.c  which of them KVM's emulator has
  *   pio.c         port I/O and its completion           string_io.c INS, OUTS
  *   events.c      exceptions, triple fault              inject.c    which event an entry takes
@@ -19,6 +25,9 @@
  *   translate.c   what is translated differently        decode.c    of which instructions
  *   state.c       regs, sregs, fpu
  *   loads.c, stores.c, atomic.c   accesses that translated code does not do by itself
+ *   divide.c, string_compare.c   instructions that the engine's own helpers cannot do for every operand
+ *   trap.c        host traps in the engine; the host's floating-point modes
+ *   nested.c      SVM and SMM, which a guest must not reach
  */
 #pragma once
 #include <signal.h>
@@ -28,7 +37,9 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "heap.h"
 #include "kvm_abi.h"
+#include "memory.h"
 #include "unicorn_layout.h"
 
 typedef uint8_t u8;
@@ -64,7 +75,7 @@ enum ak_exit_kind {
     AK_EXIT_IRQ_WINDOW,   /* an interrupt can be taken and somebody waits for that */
     AK_EXIT_HYPERCALL,    /* VMCALL/VMMCALL */
     AK_EXIT_DIRTY_FULL,   /* the dirty ring is at its soft limit */
-    AK_EXIT_ENGINE,       /* the engine could not go on; err */
+    AK_EXIT_ENGINE,       /* the engine could not go on, and never will */
     AK_EXIT_HWPOISON,     /* a poisoned page of ordinary memory: SIGBUS for this thread, at hva */
 };
 
@@ -90,7 +101,15 @@ enum ak_host_fault {
 
 /* What a device mapping's fault handler says. */
 #define AK_DEVICE_TRIES 100 /* it says the page is there, and the host refuses it: somebody protects it by himself */
-enum ak_device_answer { AK_DEVICE_PRESENT = 0, AK_DEVICE_FAILED, AK_DEVICE_READ_ONLY };
+#define AK_DIRTY_RING_RESERVED 64 /* entries, for what one instruction or delivery can still dirty beyond the soft limit */
+
+enum ak_device_answer {
+    AK_DEVICE_PRESENT = 0,
+    AK_DEVICE_FAILED,
+    AK_DEVICE_READ_ONLY,
+    AK_DEVICE_INTERRUPTED, /* as by a signal: KVM_RUN ends with EINTR */
+    AK_DEVICE_RAISED = 16, /* a bit: the handler's caller has an exception for who called KVM_RUN */
+};
 
 struct ak_exit {
     u32 kind;
@@ -128,6 +147,10 @@ struct ak_slot {
 
 struct ak_vcpu;
 struct ak_gmem;
+struct code_page;
+
+enum ak_lookup { AK_LOOKUP_HVA, AK_LOOKUP_GMEM }; /* hva_to_pfn(), kvm_gmem_get_pfn() */
+typedef int ak_refusal_hook(u32 lookup, u32 vcpu_id, u64 gpa, u32 access);
 
 struct ak_range {
     u64 first, last;          /* guest frames */
@@ -157,6 +180,8 @@ struct ak_vm {
     u64 hypercall_exits;      /* KVM_CAP_EXIT_HYPERCALL: numbers that go to user space */
     u32 map_writable;         /* profile: a page that is read is mapped for writing if it can be (mapped.c) */
     volatile u32 zaps;        /* how often a slot has gone or moved */
+    u32 device_faults;        /* vCPUs in a device's fault handler */
+    ak_refusal_hook *refusal_hook; /* asked in front of a page's look-up; NULL: nobody (refusal.c) */
 };
 
 /* A pending exception: kvm_queued_exception, kept over a KVM_RUN that failed while delivering it. */
@@ -188,6 +213,10 @@ enum ak_behaviour {
     AK_HYPERCALL_6_12 = 32,      /* kvm_run.hypercall.ret is not written; a 32-bit call's RAX counts with 64 bits */
 };
 
+/* Where run.py resets exit_reason: mainline's point, or a research profile's additional one. */
+enum ak_purge { AK_PURGE_VCPU_RUN = 0, AK_PURGE_BEFORE_LOCK, AK_PURGE_AFTER_LOCK, AK_PURGE_AFTER_COMPLETION,
+                AK_PURGE_NEVER };
+
 /* What run.py completes at the next KVM_RUN (vcpu->arch.complete_userspace_io) */
 enum ak_completion { AK_COMPLETE_NONE = 0, AK_COMPLETE_PIO, AK_COMPLETE_STRING_IN, AK_COMPLETE_MMIO_READ, AK_COMPLETE_MMIO_WRITE,
                      AK_COMPLETE_HYPERCALL };
@@ -199,6 +228,11 @@ struct ak_msr_state {
     int64_t tsc_offset;
 };
 
+/* struct kvm_pre_fault_memory, which headers before 6.11 lack. */
+struct ak_pre_fault_memory {
+    u64 gpa, size, flags, padding[5];
+};
+
 /* struct kvm_dirty_ring: of kvm_dirty_gfn entries in the vCPU file, from page 64 on. */
 struct ak_dirty_gfn;
 struct ak_dirty_ring {
@@ -208,7 +242,7 @@ struct ak_dirty_ring {
 };
 
 struct ak_vcpu {
-    /* -- shared with run.py (run.pxd and mirror.py name these) --------------------------------------------- */
+    /* -- shared with run.py (native.pxd and native.py name these; layout.h) -------------------------------- */
     struct kvm_run *run;      /* pages 0..2 of the vCPU file */
     struct ak_exit exit;
     u32 completion;           /* enum ak_completion: vcpu->arch.complete_userspace_io */
@@ -217,17 +251,21 @@ struct ak_vcpu {
     u32 has_sigmask;          /* KVM_SET_SIGNAL_MASK is in force */
     u32 annotate_all;         /* profile: a bare -EFAULT is annotated, as api.rst says */
     u32 ran;                  /* KVM_RUN reached the guest once: CPUID is final */
+    u32 purge;                /* profile: enum ak_purge */
     u64 sync_supported;       /* KVM_CAP_SYNC_REGS: register sets */
     u32 mp_state;
     /* -- the engine's side --------------------------------------------------------------------------------- */
     struct ak_vm *vm;
     struct ak_vcpu *next;
+    struct ak_vcpu *next_watched; /* ticker.c */
     pthread_mutex_t mutex;    /* vcpu->mutex: one vCPU ioctl at a time */
     u32 id;
     u64 cr8;                  /* userspace irqchip: the task priority */
     u64 sigmask;              /* KVM_SET_SIGNAL_MASK */
     u64 outer_mask, active_mask;
     u64 sigbus_hva;           /* SIGBUS to send when the mask is restored */
+    siginfo_t *outer_info;
+    struct ak_vcpu *outer_vcpu;    /* NULL, or of the KVM_RUN that this one is inside of (in a device's fault handler) */
     siginfo_t held_info[AK_FAULT_SIGNALS]; /* signals of faults that wait for that too (signals.c) */
     volatile u32 in_guest;
     volatile u64 entries, tick_entries;
@@ -261,15 +299,17 @@ struct ak_vcpu {
     u32 emulate_reached;      /* it has been got to: what comes before it faults as in native execution */
     u64 pio_rip;              /* linear rip of the pending PIO instruction */
     u32 pio_len, pio_size, pio_count, pio_in;
-    u64 *code_pages;          /* set of host pages with translated code (open addressing) */
+    struct ak_heap *heap;     /* of its engine */
+    struct ak_heap *outer_heap; /* of the vCPU that this thread works for as well: in ak_vcpu_lock() */
+    u32 broken;               /* the engine has failed: it cannot run any more */
+    struct code_page *code_pages; /* set of host pages with translated code (open addressing) */
     u32 code_count, code_room;
     struct ak_code_copy {     /* the pages of the block being translated, as they were before it was read */
         u64 hva;              /* 0: none */
-        u8 *bytes;
+        u32 first, last;      /* the block's bytes in it */
+        u8 bytes[AK_PAGE_SIZE];
     } code_copy[2];
     u64 code_va;              /* where the translator reads: in the page copied last */
-    u64 span_hva;             /* the block translated last: its page and bytes */
-    u32 span_first, span_last;
     uintptr_t frame;          /* of ak_enter */
     uintptr_t load_site, load_retaddr; /* loads.c: where the last load was called from, and the instruction it is of */
     void *uc_hook;
@@ -291,24 +331,21 @@ struct ak_vcpu {
     void *tlb_flush_pending;
     u32 gmem_closings;        /* those of the VM that its TLB knows of */
     struct ak_dirty_ring ring;
+    bool device_raised, device_interrupted; /* by a device's fault handler, in this KVM_RUN */
+    struct ak_file *file;     /* files.c */
+    u32 interrupted;          /* a look-up was refused as if a signal had come (refusal.c) */
 };
 
+#include "exports.h"
+
 /* vm.c */
-struct ak_vm *ak_vm_create(void);
-void ak_vm_destroy(struct ak_vm *vm);
 void ak_vm_pause(struct ak_vm *vm);
 void ak_vm_resume(struct ak_vm *vm, bool flush);
 void ak_flush_pending(struct ak_vcpu *v);
 bool ak_guest_enter(struct ak_vcpu *v);
 void ak_guest_exit(struct ak_vcpu *v);
-int ak_vcpu_lock(struct ak_vcpu *v);
-void ak_vcpu_unlock(struct ak_vcpu *v);
-int ak_vcpu_dead(struct ak_vcpu *v);
-u32 ak_mm_generation(void);
 
 /* engine.c */
-struct ak_vcpu *ak_vcpu_create(struct ak_vm *vm, u32 id, struct kvm_run *run);
-void ak_vcpu_destroy(struct ak_vcpu *v);
 void ak_vcpu_reset(struct ak_vcpu *v);
 void ak_enter(struct ak_vcpu *v);
 void ak_kick(struct ak_vcpu *v);
@@ -316,16 +353,14 @@ void ak_leave(struct ak_vcpu *v, u32 kind, uintptr_t retaddr) __attribute__((nor
 void ak_flush_tlb(struct ak_vcpu *v);
 void ak_note_helper_frame(struct ak_vcpu *v, uintptr_t return_slot);
 uintptr_t ak_helper_return(const struct ak_vcpu *v);
-const char *ak_self_test(void);
 extern __thread struct ak_vcpu *ak_current __attribute__((tls_model("initial-exec")));
 
 /* signals.c */
-void ak_signals_enter(struct ak_vcpu *v);
-bool ak_signal_pending(struct ak_vcpu *v);
+bool ak_signal_waits(const struct ak_vcpu *v);
 bool ak_python_interrupted(struct ak_vcpu *v);
-bool ak_send_hwpoison_signal(struct ak_vcpu *v);
-void ak_signals_leave(struct ak_vcpu *v);
+bool ak_python_signal_waits(const struct ak_vcpu *v);
 bool ak_hold_signal(const siginfo_t *info);
+bool ak_is_poke(const siginfo_t *info);
 u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS]);
 void ak_faults_close(u64 mask);
 bool ak_signals_would_end(const struct ak_vcpu *v, u64 pending);
@@ -334,48 +369,42 @@ u64 ak_signals_defer(void);
 void ak_signals_restore(u64 mask);
 void ak_signals_in_child(void);
 
-/* ticker.c */
+/* ticker.c, poke.c */
+int ak_ticker_start(void);
 void ak_ticker_arm(struct ak_vcpu *v);
+void ak_poke(struct ak_vcpu *v);
 void ak_pokes_settle(struct ak_vcpu *v);
-int ak_watch(struct ak_vcpu *v);
+void ak_watch(struct ak_vcpu *v);
 void ak_unwatch(struct ak_vcpu *v);
 void ak_ticker_in_child(void);
 
-/* sync.c */
-int ak_sync_regs(struct ak_vcpu *v);
-void ak_store_regs(struct ak_vcpu *v);
-int ak_set_cr8(struct ak_vcpu *v);
-void ak_post_kvm_run_save(struct ak_vcpu *v);
-void ak_fill_memory_fault(struct ak_vcpu *v);
-void ak_exit_mmio(struct ak_vcpu *v);
-void ak_exit_io(struct ak_vcpu *v);
-void ak_exit_internal(struct ak_vcpu *v, u32 suberror);
-bool ak_hypercall(struct ak_vcpu *v);
-void ak_complete_hypercall(struct ak_vcpu *v);
-void ak_run_guest(struct ak_vcpu *v);
-bool ak_irq_window(struct ak_vcpu *v);
-
 /* host.c */
-int ak_host_init(void);
 void ak_host_disposition(int signo, struct sigaction *action);
 int ak_host_touch(u64 hva, bool write, u64 *poison);
 int ak_host_merge(u64 hva, u64 bytes, u64 value, u64 *before);
 void ak_host_unmerge(u64 hva, u64 bytes, u64 value, u64 before);
 bool ak_host_equal(u64 hva, const void *bytes, u64 size);
-int ak_copy_in(void *to, u64 from, u64 size);   /* copy_from_user(): 0 or -EFAULT */
-int ak_copy_out(u64 to, const void *from, u64 size);
+
+/* trap.c */
+#define AK_MXCSR_DEFAULT 0x1f80u
+struct ak_float {
+    u32 mxcsr;
+    u16 control;       /* of the x87 unit */
+};
+struct ak_float ak_float_enter(void);
+void ak_float_leave(struct ak_float mine);
 
 /* hva.c, dirty.c */
-int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned);
 u32 ak_hva_to_pfn(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
+bool ak_device_deadlock(const struct ak_vm *vm);
 u32 ak_hva_refused(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_fault);
-int ak_device_add(u64 start, u64 size);
-void ak_device_remove(u64 start);
-void ak_device_handler(int (*fault)(u64 hva, u32 access));
+
+/* refusal.c */
+int ak_refused(struct ak_vcpu *v, enum ak_lookup lookup, u64 gpa, enum ak_access access);
+u32 ak_refusal_pfn(int why);
 void ak_devices_in_child(void);
 void ak_mark_page_dirty(struct ak_vcpu *v, struct ak_slot *slot, u64 gfn);
 void ak_dirty_ring_check(struct ak_vcpu *v, uintptr_t retaddr);
-bool ak_dirty_ring_full(const struct ak_vcpu *v);
 
 /* mapped.c */
 int ak_mapped_alloc(const struct ak_vm *vm, struct ak_slot *slot);
@@ -386,7 +415,8 @@ void ak_zap_all(struct ak_vm *vm);
 /* slots.c */
 void ak_slot_free(struct ak_slot *slot);
 struct ak_slot *ak_gfn_to_memslot(struct ak_vm *vm, u64 gfn);
-int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot);
+struct ak_slot *ak_slot_prepare(struct ak_vm *vm, const struct ak_slot *slot);
+void ak_slot_link(struct ak_vm *vm, struct ak_slot *slot);
 int ak_slot_remove(struct ak_vm *vm, u64 base_gfn, u32 id);
 int ak_slot_flags(struct ak_vm *vm, u64 base_gfn, u32 id, u32 flags, u64 *dirty_bitmap);
 
@@ -411,31 +441,26 @@ struct ak_translation {
 int ak_faultin_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 int ak_emulator_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 void ak_restart(struct ak_vcpu *v, bool kick, uintptr_t retaddr) __attribute__((noreturn));
+bool ak_in_code(const struct ak_vcpu *v, uintptr_t pc);
 
 /* attributes.c */
 bool ak_gfn_is_private(const struct ak_vm *vm, u64 gfn);
-int ak_set_memory_attributes(struct ak_vm *vm, u64 gfn, u64 npages, bool is_private);
 
 /* gmem_file.c */
 int ak_gmem_file_add(int fd, u64 size, u32 flags);
 void ak_gmem_file_remove(int fd);
-int64_t ak_gmem_mmap(int fd, u64 length, u64 offset);
+void ak_gmem_files_in_child(void);
 
 /* gmem.c */
 #define AK_GMEM_MMAP 1u /* GUEST_MEMFD_FLAG_* */
 #define AK_GMEM_INIT_SHARED 2u
-int ak_gmem_create(struct ak_vm *vm, int fd, u64 size, u32 flags, struct ak_gmem **result);
-void ak_gmem_destroy(struct ak_vm *vm, struct ak_gmem *g);
 bool ak_gmem_held(const struct ak_gmem *g);
-int ak_gmem_fd(const struct ak_gmem *g);
-int ak_gmem_inject(struct ak_vm *vm, struct ak_gmem *g, u64 offset, int err);
 void ak_gmem_enter(struct ak_vcpu *v);
 bool ak_gmem_faultin(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enum ak_access access,
                      struct ak_translation *t);
 int ak_data_pfn(struct ak_vcpu *v, u64 gpa, enum ak_access access, struct ak_translation *t);
 bool ak_is_guest_memory(const struct ak_vm *vm, u64 hva);
 u64 ak_gfn_to_hva(struct ak_vcpu *v, u64 gfn);
-int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2]);
 /* Whether an access to this slot (or to none) can be private or a guest_memfd's: nothing else costs anything. */
 static inline bool ak_may_be_private(const struct ak_vm *vm, const struct ak_slot *slot)
 {
@@ -461,8 +486,6 @@ void ak_emulate_alone(struct ak_vcpu *v);
 bool ak_locked_in_read_only_slot(struct ak_vcpu *v, u64 addr, int mmu_idx);
 u32 ak_alone_cflags(const struct ak_vcpu *v);
 bool ak_emulate_boundary(struct ak_vcpu *v);
-bool ak_next_fragment(struct ak_vcpu *v);
-void ak_answer_read(struct ak_vcpu *v);
 bool ak_answered(const struct ak_vcpu *v, u64 gpa);
 bool ak_unaligned_load(struct ak_vcpu *v, u64 addr, u32 oi, u32 size, uintptr_t retaddr, u64 *value);
 void ak_write_check(struct ak_vcpu *v, u64 gpa, uintptr_t retaddr);
@@ -473,7 +496,6 @@ void ak_emulate_instead(struct ak_vcpu *v);
 /* pio.c */
 u8 *ak_pio_data(struct ak_vcpu *v);
 void ak_check_io(struct ak_vcpu *v, u32 port, u32 size, uintptr_t retaddr);
-void ak_complete_pio(struct ak_vcpu *v);
 
 /* string_io.c */
 int ak_data_mmu_index(const struct ak_vcpu *v);
@@ -490,7 +512,6 @@ void ak_raise(struct ak_vcpu *v, int vector, int error_code, uintptr_t retaddr) 
 
 /* inject.c */
 bool ak_deliver_pending(struct ak_vcpu *v);
-void ak_cancel_injection(struct ak_vcpu *v);
 void ak_delivery_failed(struct ak_vcpu *v);
 bool ak_interrupt_allowed(struct ak_vcpu *v);
 void ak_request_event(struct ak_vcpu *v);
@@ -527,4 +548,4 @@ void ak_code_read(struct ak_vcpu *v, u64 hva, bool goes_on);
 void ak_code_span(struct ak_vcpu *v, u64 hva, u32 size);
 void ak_code_span_rest(struct ak_vcpu *v, u64 hva, u32 size);
 void ak_check_code_page(struct ak_vcpu *v, u64 hva);
-void ak_code_pages_free(struct ak_vcpu *v);
+void ak_forget_code(struct ak_vcpu *v);

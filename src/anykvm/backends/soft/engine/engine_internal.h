@@ -83,6 +83,8 @@ enum { R_ES, R_CS, R_SS, R_DS, R_FS, R_GS };
 /* si_code of the ticker's SIGSEGV to a vCPU's thread; si_value is where it sleeps. */
 #define AK_SI_POKE (-0x616b)
 
+struct TCGContext;
+
 #define MMU_KSMAP_IDX 0
 #define MMU_USER_IDX 1
 
@@ -102,6 +104,7 @@ extern void tlb_set_page_x86_64(struct CPUState *, u64 va, u64 pa, int prot, int
 extern void tlb_reset_dirty_x86_64(struct CPUState *cpu, u64 start, u64 length);
 extern u64 get_page_addr_code_x86_64(struct CPUX86State *env, u64 va);
 extern void tb_flush_x86_64(struct CPUState *cpu);
+extern void tb_cleanup_x86_64(struct uc_struct *uc);
 extern void tb_invalidate_phys_range_x86_64(struct uc_struct *uc, u64 start, u64 end);
 extern void cpu_x86_update_cr0_x86_64(struct CPUX86State *env, u32 cr0);
 extern void cpu_x86_update_cr3_x86_64(struct CPUX86State *env, u64 cr3);

@@ -27,6 +27,8 @@ static int slot_pfn(struct ak_vcpu *v, struct ak_slot *slot, enum ak_access acce
     if (access == AK_WRITE && (slot->flags & KVM_MEM_READONLY))
         return t->pfn = KVM_PFN_ERR_RO_FAULT;
     t->hva = t->fault_hva = slot->hva + ((gfn - slot->base_gfn) << 12);
+    if ((t->host_fault = (u32)ak_refused(v, AK_LOOKUP_HVA, t->gpa, access)))
+        return t->pfn = ak_refusal_pfn((int)t->host_fault);
     return t->pfn = ak_hva_to_pfn(v, t->hva, access, &t->host_fault);
 }
 
@@ -89,7 +91,8 @@ static void before_fetch_fault(struct ak_vcpu *v)
     }
 }
 
-static bool in_code(const struct ak_vcpu *v, uintptr_t pc)
+/* Whether a host address is in this vCPU's translated code. */
+bool ak_in_code(const struct ak_vcpu *v, uintptr_t pc)
 {
     const struct TCGContext *tcg = v->uc->tcg_ctx;
     return pc - (uintptr_t)tcg->code_gen_buffer < tcg->code_gen_buffer_size;
@@ -249,19 +252,19 @@ void ak_restart(struct ak_vcpu *v, bool kick, uintptr_t retaddr)
 
 /* The host refused an access by guest code whose page was there when the TLB was filled: somebody changed the mapping
  * without telling anyone. The instruction is restarted. Called in the signal handler; does not return if the fault was
- * the guest's. */
+ * one of guest memory. */
 bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why, ucontext_t *context)
 {
     uintptr_t pc = (uintptr_t)context->uc_mcontext.gregs[REG_RIP], retaddr = 0;
-    (void)address;
-    (void)why;
-    if (in_code(v, pc))
+    if (why != AK_HOST_INTERRUPTED && !ak_is_guest_memory(v->vm, address))
+        return false; /* again and again would not help (trap.c) */
+    if (ak_in_code(v, pc))
         retaddr = pc + 2; /* the restore takes two bytes off a return address */
     else if (!v->translating && !v->delivering) {
         retaddr = ak_helper_return(v); /* a helper called by translated code */
         if (retaddr == v->load_site)
             retaddr = v->load_retaddr;
-        if (!in_code(v, retaddr))
+        if (!ak_in_code(v, retaddr))
             return false;
     }
     ak_restart(v, false, retaddr);

@@ -49,14 +49,15 @@ int ak_gmem_create(struct ak_vm *vm, int fd, u64 size, u32 flags, struct ak_gmem
 {
     struct flock lock = whole_file(F_WRLCK);
     char name[32];
-    struct ak_gmem *g = calloc(1, sizeof *g);
+    struct ak_gmem *g = ak_calloc(1, sizeof *g);
     if (!g)
         return -ENOMEM;
     snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
     g->fd = open(name, O_RDWR | O_CLOEXEC);
     void *at = MAP_FAILED;
     if (g->fd >= 0 && !fcntl(fd, F_OFD_SETLK, &lock))
-        at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, g->fd, 0);
+        at = ak_injected_failure() ? MAP_FAILED
+                                   : mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, g->fd, 0);
     int r = at == MAP_FAILED ? -errno : ak_gmem_file_add(fd, size, flags);
     if (r) {
         if (at != MAP_FAILED)
@@ -106,7 +107,7 @@ int ak_gmem_inject(struct ak_vm *vm, struct ak_gmem *g, u64 offset, int err)
         if (g->failures[i].offset == offset)
             g->failures[i--] = g->failures[--g->nfailures];
     if (err) {
-        struct failure *grown = realloc(g->failures, (g->nfailures + 1) * sizeof *grown);
+        struct failure *grown = ak_realloc(g->failures, (g->nfailures + 1) * sizeof *grown);
         if (grown) {
             g->failures = grown;
             g->failures[g->nfailures++] = (struct failure){offset, err};
@@ -145,8 +146,11 @@ static int get_pfn(struct ak_vcpu *v, const struct ak_slot *slot, u64 gfn, enum 
         if (g->failures[i].offset == offset)
             return -g->failures[i].err;
     *hva = g->hva + offset;
-    (void)v;
-    int why = ak_host_touch(*hva, access == AK_WRITE, NULL);
+    int why = ak_refused(v, AK_LOOKUP_GMEM, gfn << 12, access);
+    if (why < 0)
+        return why;
+    if (!why)
+        why = ak_host_touch(*hva, access == AK_WRITE, NULL);
     if (why == AK_HOST_INTERRUPTED)
         return INTERRUPTED;
     return !why ? 0 : why == AK_HOST_POISONED ? -EHWPOISON : -ENOMEM;
@@ -281,22 +285,27 @@ static int pre_fault_page(struct ak_vcpu *v, u64 gpa)
     return stale && (!r || r == -ENOENT) ? retried_in_vain(v) : r;
 }
 
-/* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): range is the request's gpa and size, moved past what was done. 0
- * if anything was done, else the negative errno of the first page. A page that fails on the way with an annotation
- * leaves it in kvm_run, also when the result is 0; so does a signal that comes while it waits for a page. It reads, and
- * follows the attributes. */
-int ak_pre_fault_memory(struct ak_vcpu *v, u64 range[2])
+/* KVM_PRE_FAULT_MEMORY, kvm_vcpu_pre_fault_memory(): gpa and size of the request are moved past what was done, and all of
+ * it goes back to the caller's structure at user. 0 if anything was done, else the negative errno of the first page. A page
+ * that fails on the way with an annotation leaves it in kvm_run, also when the result is 0; so does a signal that comes
+ * while it waits for a page. It reads, and follows the attributes. */
+int ak_pre_fault_memory(struct ak_vcpu *v, struct ak_pre_fault_memory *range, u64 user)
 {
-    int r = 0;
-    u64 size = range[1], mask = ak_signals_defer(); /* one that comes while it waits for the vCPU is pending then */
-    ak_vcpu_lock(v);
+    u64 size = range->size, mask = ak_signals_defer(); /* one that comes while it waits for the vCPU is pending then */
+    int r = ak_vcpu_lock(v);
+    if (r) {
+        ak_signals_restore(mask);
+        return r;
+    }
     ak_signals_enter(v);
     v->outer_mask = v->active_mask = mask; /* KVM_SET_SIGNAL_MASK is for KVM_RUN */
-    while (range[1] && !(r = pre_fault_page(v, range[0]))) {
-        range[0] += AK_PAGE_SIZE;
-        range[1] -= AK_PAGE_SIZE;
+    while (range->size && !(r = pre_fault_page(v, range->gpa))) {
+        range->gpa += AK_PAGE_SIZE;
+        range->size -= AK_PAGE_SIZE;
     }
     ak_signals_leave(v);
     ak_vcpu_unlock(v);
-    return range[1] == size ? r : 0;
+    if (ak_copy_out(user, range, sizeof *range))
+        return -EFAULT;
+    return range->size == size ? r : 0;
 }

@@ -24,6 +24,17 @@ struct known {
 static struct known *known_files;
 static volatile u32 count;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t once = PTHREAD_MUTEX_INITIALIZER; /* interpose() */
+
+/* Another thread of the parent may have held them. What it was about to change is whole: a file is known by one store. */
+void ak_gmem_files_in_child(void)
+{
+    pthread_mutex_init(&lock, NULL);
+    pthread_mutex_init(&once, NULL);
+    count = 0;
+    for (const struct known *k = known_files; k; k = k->next)
+        count += k->ino != 0;
+}
 
 static const struct known *gmem_of(int fd)
 {
@@ -74,7 +85,7 @@ enum {
 #define INDEX(name, type, code, parameters, arguments) index_##name,
     REFUSED(INDEX) index_preadv2, index_preadv64v2, index_pwritev2, index_pwritev64v2, index_fallocate, index_fallocate64,
     index_posix_fallocate, index_posix_fallocate64, index_mmap, index_mmap64, index_fstat,
-    index_fstat64, functions_count
+    index_fstat64, index___fxstat, index___fxstat64, functions_count
 };
 
 static struct ak_interposed functions[functions_count];
@@ -159,7 +170,8 @@ static void *map_gmem(const struct known *file, void *at, size_t length, int pro
         return (void *)refuse(ENODEV);
     if ((flags & MAP_TYPE) != MAP_SHARED && (flags & MAP_TYPE) != MAP_SHARED_VALIDATE)
         return (void *)refuse(EINVAL);
-    return mmap(at, length, prot, flags, fd, file->flags & AK_GMEM_INIT_SHARED ? offset : offset + BEYOND);
+    return REAL(void *(*)(void *, size_t, int, int, int, off_t), index_mmap)(
+        at, length, prot, flags, fd, file->flags & AK_GMEM_INIT_SHARED ? offset : offset + BEYOND);
 }
 
 /* The backend's mmap(): the address, or a negative errno. */
@@ -191,49 +203,62 @@ static void *our_mmap64(void *at, size_t length, int prot, int flags, int fd, of
 }
 
 /* simple_getattr(): the inode has no blocks. */
-static int fstat_of(int index, int fd, struct stat *st)
+static int without_blocks(int result, int fd, struct stat *st)
 {
-    int r = REAL(int (*)(int, struct stat *), index)(fd, st);
-    if (!r && gmem_of(fd))
+    if (!result && gmem_of(fd))
         st->st_blocks = 0, st->st_blksize = AK_PAGE_SIZE;
-    return r;
+    return result;
 }
 
-static int our_fstat(int fd, struct stat *st)
-{
-    return fstat_of(index_fstat, fd, st);
-}
+#define DEFINE_FSTAT(name)                                                                                             \
+    static int our_##name(int fd, struct stat *st)                                                                     \
+    {                                                                                                                  \
+        return without_blocks(REAL(int (*)(int, struct stat *), index_##name)(fd, st), fd, st);                        \
+    }
+DEFINE_FSTAT(fstat)
+DEFINE_FSTAT(fstat64)
 
-static int our_fstat64(int fd, struct stat *st)
-{
-    return fstat_of(index_fstat64, fd, st);
-}
+/* What fstat() is in objects that were built with a C library before 2.33. */
+#define DEFINE_FXSTAT(name)                                                                                            \
+    static int our_##name(int version, int fd, struct stat *st)                                                        \
+    {                                                                                                                  \
+        return without_blocks(REAL(int (*)(int, int, struct stat *), index_##name)(version, fd, st), fd, st);          \
+    }
+DEFINE_FXSTAT(__fxstat)
+DEFINE_FXSTAT(__fxstat64)
 
 static struct ak_interposed functions[functions_count] = {
-#define ENTRY(name, ...) [index_##name] = {#name, (void *)our_##name, NULL},
+#define ENTRY(function, ...) [index_##function] = {.name = #function, .ours = (void *)our_##function},
     REFUSED(ENTRY) ENTRY(preadv2) ENTRY(preadv64v2) ENTRY(pwritev2) ENTRY(pwritev64v2) ENTRY(fallocate) ENTRY(fallocate64)
     ENTRY(posix_fallocate) ENTRY(posix_fallocate64) ENTRY(mmap) ENTRY(mmap64) ENTRY(fstat)
-    ENTRY(fstat64)};
+    ENTRY(fstat64) ENTRY(__fxstat) ENTRY(__fxstat64)};
 
-static void interpose(void)
+/* Once, and again where it failed. 0 or a negative errno. */
+static int interpose(void)
 {
-    ak_interpose(functions, functions_count);
+    static bool done;
+    pthread_mutex_lock(&once);
+    int code = done ? 0 : ak_interpose(functions, functions_count);
+    done = !code;
+    pthread_mutex_unlock(&once);
+    return code;
 }
 
 /* The memfd fd is a guest_memfd from now on. 0 or a negative errno. */
 int ak_gmem_file_add(int fd, u64 size, u32 flags)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
     struct stat st;
     if (fstat(fd, &st))
         return -errno;
-    pthread_once(&once, interpose);
+    int code = interpose();
+    if (code)
+        return code;
     pthread_mutex_lock(&lock);
     struct known *k = known_files;
     while (k && k->ino)
         k = k->next;
     bool fresh = !k;
-    if (fresh && !(k = calloc(1, sizeof *k))) {
+    if (fresh && !(k = ak_calloc(1, sizeof *k))) {
         pthread_mutex_unlock(&lock);
         return -ENOMEM;
     }

@@ -1,15 +1,15 @@
 /* Host memory that may not be there. Guest memory is the process's own, so the host's MMU is the second stage of the
  * guest's: what it refuses arrives here as SIGSEGV or SIGBUS. Two cases are ours: an access under a guard (a TLB fill
- * probing a page, a copy from or to the caller), and an access by guest code whose mapping changed behind our back
- * (fault.c leaves the guest precisely). A third is the ticker's (signals.c): a fault waits for its handler and a signal
- * waits for the thread. What somebody sent waits until KVM_RUN is over (signals.c). Everything else goes to whoever
+ * probing a page, a copy from or to the caller), and an access by guest code whose mapping changed without a
+ * word to us (fault.c leaves the guest precisely). So is a trap of the engine itself, for which SIGILL and SIGFPE are
+ * taken too (trap.c). A last one is the ticker's (poke.c): a fault waits for its handler, and a signal waits for the
+ * thread. What somebody sent waits until KVM_RUN is over (signals.c). Everything else goes to whoever
  * handled the signal before. */
 #define _GNU_SOURCE
 #include "engine_internal.h"
 #include <errno.h>
 #include <string.h>
 #include <ucontext.h>
-#include <unistd.h>
 
 struct guard {
     sigjmp_buf env;
@@ -18,10 +18,18 @@ struct guard {
     u64 address;
 };
 static __thread struct guard guard __attribute__((tls_model("initial-exec"))); /* no allocation in a handler */
-static struct sigaction previous[2];
+static const int signals[4] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+static struct sigaction previous[4];
 
 bool ak_at_guest_access(struct ak_vcpu *v, const ucontext_t *context);
 bool ak_guest_host_fault(struct ak_vcpu *v, u64 address, enum ak_host_fault why, ucontext_t *uc);
+bool ak_engine_trap(struct ak_vcpu *v, int signo, const ucontext_t *context);
+void ak_float_of_interrupted(const ucontext_t *context);
+
+static struct sigaction *previous_of(int signo)
+{
+    return &previous[signo == SIGSEGV ? 0 : signo == SIGBUS ? 1 : signo == SIGILL ? 2 : 3];
+}
 
 static enum ak_host_fault classify(int signo, const siginfo_t *si)
 {
@@ -32,7 +40,7 @@ static enum ak_host_fault classify(int signo, const siginfo_t *si)
 
 static void pass_on(int signo, siginfo_t *si, void *context)
 {
-    struct sigaction *old = &previous[signo == SIGBUS];
+    struct sigaction *old = previous_of(signo);
     if (old->sa_flags & SA_SIGINFO)
         old->sa_sigaction(signo, si, context);
     else if (old->sa_handler != SIG_DFL && old->sa_handler != SIG_IGN)
@@ -44,18 +52,21 @@ static void pass_on(int signo, siginfo_t *si, void *context)
     }
 }
 
-/* The ticker's word that this thread sleeps in a page fault, at pc, while a signal waits for it (signals.c). By now it
+/* The ticker's word that this thread sleeps in a page fault, at pc, while a signal waits for it (poke.c). By now it
  * may sleep no longer; at pc it has not executed the access, so leaving is as exact as at the fault itself, if the access
- * is the guest's. Any other, of the engine's own memory, ends by itself. */
+ * is the guest's. Any other, of the engine's own memory, ends by itself. With pc 0 the ticker could not look: it is wherever it
+ * is, and there may be no signal. */
 static void on_poke(u64 pc, ucontext_t *context)
 {
     struct ak_vcpu *v = ak_current;
-    if (!v)
+    if (!v || (!pc && !ak_signal_waits(v)))
         return;
+    pc = pc ? pc : (u64)context->uc_mcontext.gregs[REG_RIP];
     if (guard.armed) {
         if (!v->interruptible)
             return;
         guard.outcome = AK_HOST_INTERRUPTED;
+        ak_float_of_interrupted(context);
         siglongjmp(guard.env, 1);
     }
     if (v->emulation == AK_NATIVE && (u64)context->uc_mcontext.gregs[REG_RIP] == pc && ak_at_guest_access(v, context)) {
@@ -64,26 +75,34 @@ static void on_poke(u64 pc, ucontext_t *context)
     }
 }
 
-static void on_signal(int signo, siginfo_t *si, void *context)
+/* A fault of this thread's own. Does not return if it is ours: of an access under a guard, or of a guest. */
+static void on_fault(int signo, siginfo_t *si, void *context)
 {
-    int saved = errno;
-    if (si->si_code == AK_SI_POKE && si->si_pid == getpid()) {
-        on_poke((u64)si->si_value.sival_ptr, context);
-        errno = saved;
-        return;
-    }
-    if (si->si_code > 0) { /* from the kernel: a fault of this thread, not kill() */
+    if (signo == SIGSEGV || signo == SIGBUS) {
         enum ak_host_fault why = classify(signo, si);
         if (guard.armed) {
             guard.outcome = why;
             guard.address = (u64)si->si_addr;
+            ak_float_of_interrupted(context);
             siglongjmp(guard.env, 1);
         }
-        if (ak_current && ak_guest_host_fault(ak_current, (u64)si->si_addr, why, context)) {
-            errno = saved;
-            return;
-        }
+        if (ak_current)
+            ak_guest_host_fault(ak_current, (u64)si->si_addr, why, context);
     }
+    if (ak_current)
+        ak_engine_trap(ak_current, signo, context);
+}
+
+static void on_signal(int signo, siginfo_t *si, void *context)
+{
+    int saved = errno;
+    if (ak_is_poke(si)) {
+        on_poke(si->si_code == AK_SI_POKE ? (u64)si->si_value.sival_ptr : 0, context);
+        errno = saved;
+        return;
+    }
+    if (si->si_code > 0) /* from the kernel: a fault of this thread, not kill() */
+        on_fault(signo, si, context);
     errno = saved;
     if (si->si_code > 0 || !ak_hold_signal(si))
         pass_on(signo, si, context);
@@ -93,8 +112,7 @@ static void on_signal(int signo, siginfo_t *si, void *context)
  * leave the signal blocked. SA_ONSTACK is not set: guest code runs on this thread's own stack. */
 int ak_host_init(void)
 {
-    static const int signals[2] = {SIGSEGV, SIGBUS};
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 4; i++) {
         struct sigaction now, ours = {.sa_flags = SA_SIGINFO | SA_NODEFER | SA_RESTART};
         ours.sa_sigaction = on_signal;
         sigemptyset(&ours.sa_mask);
@@ -115,7 +133,7 @@ void ak_host_disposition(int signo, struct sigaction *action)
     if (sigaction(signo, NULL, action))
         *action = (struct sigaction){.sa_handler = SIG_DFL};
     if ((action->sa_flags & SA_SIGINFO) && action->sa_sigaction == on_signal)
-        *action = previous[signo == SIGBUS];
+        *action = *previous_of(signo);
 }
 
 /* An access under the guard; `refused` runs if the host refuses it, with guard.outcome. */
@@ -153,11 +171,18 @@ int ak_host_touch(u64 hva, bool write, u64 *address)
     return AK_HOST_OK;
 }
 
+/* Byte by byte upwards, as far as anybody can see: what stops it leaves all bytes before it copied, and none behind it.
+ * memcpy() copies in an order of its own. */
+static inline void copy_upwards(void *to, const void *from, u64 size)
+{
+    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(size) : : "memory");
+}
+
 static int guarded_copy(void *to, const void *from, u64 size)
 {
     if (!size)
         return 0;
-    UNDER_GUARD(memcpy(to, from, size), return -EFAULT);
+    UNDER_GUARD(copy_upwards(to, from, size), return -EFAULT);
     return 0;
 }
 

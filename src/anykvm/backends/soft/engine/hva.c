@@ -27,19 +27,18 @@ int ak_poison(struct ak_vm *vm, u64 hva, bool poisoned)
     int r = 0;
     hva &= AK_PAGE_MASK;
     ak_vm_pause(vm);
-    if (mprotect((void *)hva, AK_PAGE_SIZE, poisoned ? PROT_NONE : PROT_READ | PROT_WRITE))
+    u64 *grown = ak_realloc(vm->poisoned, (vm->npoisoned + 1) * sizeof *grown);
+    if (grown)
+        vm->poisoned = grown;
+    else if (poisoned)
+        r = -ENOMEM;
+    if (!r && mprotect((void *)hva, AK_PAGE_SIZE, poisoned ? PROT_NONE : PROT_READ | PROT_WRITE))
         r = -errno;
-    for (u32 i = 0; i < vm->npoisoned; i++)
+    for (u32 i = 0; !r && i < vm->npoisoned; i++)
         if (vm->poisoned[i] == hva)
             vm->poisoned[i--] = vm->poisoned[--vm->npoisoned];
-    if (poisoned && !r) {
-        u64 *grown = realloc(vm->poisoned, (vm->npoisoned + 1) * sizeof *grown);
-        if (grown) {
-            vm->poisoned = grown;
-            vm->poisoned[vm->npoisoned++] = hva;
-        } else
-            r = -ENOMEM;
-    }
+    if (poisoned && !r)
+        vm->poisoned[vm->npoisoned++] = hva;
     ak_vm_resume(vm, true);
     return r;
 }
@@ -53,8 +52,11 @@ static u32 ndevices, devices_room;
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 static int (*device_fault)(u64 hva, u32 access);
 
+/* Fault handlers that this thread is inside of. */
+static __thread u32 device_depth __attribute__((tls_model("initial-exec")));
+
 /* What to call for a device page that is not there: AK_DEVICE_*. It may take the interpreter's lock. */
-void ak_device_handler(int (*fault)(u64 hva, u32 access))
+void ak_device_handler(ak_device_fault *fault)
 {
     device_fault = fault;
 }
@@ -66,7 +68,7 @@ int ak_device_add(u64 start, u64 size)
     pthread_mutex_lock(&devices_lock);
     if (ndevices == devices_room) {
         u32 room = devices_room ? devices_room * 2 : 16;
-        struct range *grown = realloc(devices, room * sizeof *grown);
+        struct range *grown = ak_realloc(devices, room * sizeof *grown);
         if (grown) {
             devices = grown;
             devices_room = room;
@@ -109,15 +111,46 @@ static bool is_device(u64 hva)
 
 /* fixup_user_fault() and the second follow_pfnmap_start(): the handler made the page present, or it failed, or what is
  * present may only be read. It runs as in the kernel, inside the fault: slots wait for it, signals do not end it. */
-static u32 ask_device(u64 hva, enum ak_access access)
+static u32 ask_device(struct ak_vcpu *v, u64 hva, enum ak_access access)
 {
-    struct ak_vcpu *v = ak_current;
+    struct ak_vcpu *current = ak_current;
     ak_current = NULL; /* a crash in there is not the guest's */
+    __atomic_add_fetch(&v->vm->device_faults, 1, __ATOMIC_SEQ_CST);
+    device_depth++;
     int answer = device_fault(hva & AK_PAGE_MASK, access);
-    ak_current = v;
+    device_depth--;
+    __atomic_sub_fetch(&v->vm->device_faults, 1, __ATOMIC_SEQ_CST);
+    ak_current = current;
+    if (answer & AK_DEVICE_RAISED)
+        v->device_raised = true;
+    answer &= ~AK_DEVICE_RAISED;
+    if (answer == AK_DEVICE_INTERRUPTED) {
+        v->device_interrupted = true;
+        if (v->emulation == AK_NATIVE)
+            return KVM_PFN_ERR_SIGPENDING; /* as if a signal had come: the instruction is executed again */
+    }
     return answer == AK_DEVICE_PRESENT     ? KVM_PFN_OK
            : answer == AK_DEVICE_READ_ONLY ? KVM_PFN_ERR_RO_FAULT
                                            : KVM_PFN_ERR_FAULT;
+}
+
+/* A device's fault handler must not wait for a VM of which a vCPU waits for such a handler: its own, or another whose handler
+ * may wait for ours. True: this thread is in a handler, and vm is such a VM. */
+bool ak_device_deadlock(const struct ak_vm *vm)
+{
+    return device_depth && ak_vm_in_device_fault(vm);
+}
+
+/* Whether a vCPU of the VM is in a device's fault handler. */
+bool ak_vm_in_device_fault(const struct ak_vm *vm)
+{
+    return __atomic_load_n(&vm->device_faults, __ATOMIC_SEQ_CST) != 0;
+}
+
+/* Whether a fault handler has raised an exception since the vCPU last entered KVM_RUN (ak_signals_enter). */
+bool ak_device_raised(const struct ak_vcpu *v)
+{
+    return v->device_raised;
 }
 
 /* -- both ------------------------------------------------------------------------------------------------------------- */
@@ -131,7 +164,7 @@ u32 ak_hva_refused(struct ak_vcpu *v, u64 hva, enum ak_access access, u32 *host_
         *host_fault = AK_HOST_POISONED;
     if (*host_fault == AK_HOST_POISONED)
         return KVM_PFN_ERR_HWPOISON;
-    return is_device(hva) ? ask_device(hva, access) : KVM_PFN_ERR_FAULT;
+    return is_device(hva) ? ask_device(v, hva, access) : KVM_PFN_ERR_FAULT;
 }
 
 /* hva_to_pfn(): enum ak_pfn, and why in *host_fault. Never KVM_PFN_NOSLOT. */

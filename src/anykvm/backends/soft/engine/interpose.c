@@ -1,24 +1,25 @@
 /* Stands in front of C library functions for everything that is loaded in this process: the dynamic linker's table of
  * each object (its GOT) is made to point to ours. Needed because a memfd cannot refuse what a guest_memfd refuses
  * (gmem_file.c); nothing is replaced before the first guest_memfd exists. What is loaded later follows (dlopen()), and
- * what is looked up by name (dlsym(), as Python's ctypes does). Objects that were linked statically, raw system calls and
- * addresses looked up before are not reached. */
+ * what is looked up by name (dlsym(), as Python's ctypes does). Objects that were linked statically, those of another
+ * namespace (dlmopen()) or with a sealed GOT, raw system calls and addresses looked up before are not reached.
+ *
+ * Nothing here depends on how the program or its Python was linked (originals.c says what that is about). */
 #define _GNU_SOURCE
 #include "interpose.h"
 #include <dlfcn.h>
 #include <elf.h>
+#include <errno.h>
 #include <link.h>
-#include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
 
 static struct ak_interposed *table;
 static size_t table_size;
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-
 static void *our_dlopen(const char *name, int flags);
 static void *our_dlsym(void *handle, const char *name);
-static struct ak_interposed our_loader[] = {{"dlopen", (void *)our_dlopen, NULL}, {"dlsym", (void *)our_dlsym, NULL}};
+static struct ak_interposed our_loader[] = {{.name = "dlopen", .ours = (void *)our_dlopen},
+                                            {.name = "dlsym", .ours = (void *)our_dlsym}};
 
 static struct ak_interposed *find(const char *name)
 {
@@ -28,52 +29,59 @@ static struct ak_interposed *find(const char *name)
     return NULL;
 }
 
-/* What these two find depends on who calls them (RUNPATH, RTLD_NEXT), so only the callers are patched that do not use
- * that: the interpreter's loading of extension modules, and Python's foreign function libraries. */
-static struct ak_interposed *find_loader(const char *object, const char *name)
-{
-    bool foreign = strstr(object, "/_ctypes.") || strstr(object, "/_cffi_backend.");
-    if (!strcmp(name, "dlopen") && (foreign || !*object || strstr(object, "libpython")))
-        return &our_loader[0];
-    if (!strcmp(name, "dlsym") && foreign)
-        return &our_loader[1];
-    return NULL;
-}
-
 /* One loaded object, as its program headers describe it. */
 struct object {
     const char *name;
     ElfW(Addr) base, relro, relro_end;
     const ElfW(Sym) *symbols;
     const char *strings;
+    bool loads, looks_up; /* its dlopen(), its dlsym() is replaced as well */
 };
 
-static void store(const struct object *o, void **slot, void *value)
+/* What these two find depends on who calls them (RUNPATH, RTLD_NEXT), so only the callers are patched that do not use
+ * that: the interpreter's loading of extension modules, whether it is in the program, in libpython or in another library;
+ * Python's foreign function libraries, which may be part of it; and dlopen() in a program without a RUNPATH. */
+static struct ak_interposed *find_loader(const struct object *o, const char *name)
 {
-    const uintptr_t page = 4096, from = (uintptr_t)slot & ~(page - 1);
-    bool read_only = (uintptr_t)slot >= o->relro && (uintptr_t)slot < o->relro_end;
-    if (read_only && mprotect((void *)from, page, PROT_READ | PROT_WRITE))
-        return;
-    __atomic_store_n(slot, value, __ATOMIC_RELEASE);
-    if (read_only)
-        mprotect((void *)from, page, PROT_READ);
+    if (o->loads && !strcmp(name, our_loader[0].name))
+        return &our_loader[0];
+    return o->looks_up && !strcmp(name, our_loader[1].name) ? &our_loader[1] : NULL;
 }
 
-static void patch(const struct object *o, const ElfW(Rela) *relocations, size_t bytes)
+/* 0 or a negative errno. */
+static int store(const struct object *o, void **slot, void *value)
 {
+    uintptr_t from = (uintptr_t)slot & ~(uintptr_t)(AK_PAGE_SIZE - 1);
+    bool read_only = from >= o->relro && from < o->relro_end;
+    if (read_only && mprotect((void *)from, AK_PAGE_SIZE, PROT_READ | PROT_WRITE))
+        return errno == ENOMEM ? -ENOMEM : 0; /* else it is sealed, or a security module forbids it: for good */
+    __atomic_store_n(slot, value, __ATOMIC_RELEASE);
+    if (read_only)
+        mprotect((void *)from, AK_PAGE_SIZE, PROT_READ);
+    return 0;
+}
+
+/* 0 or a negative errno. */
+static int patch(const struct object *o, const ElfW(Rela) *relocations, size_t bytes)
+{
+    int failed = 0;
     for (size_t i = 0; i < bytes / sizeof *relocations; i++) {
         const ElfW(Rela) *r = &relocations[i];
         u64 type = ELF64_R_TYPE(r->r_info);
         const ElfW(Sym) *symbol = &o->symbols[ELF64_R_SYM(r->r_info)];
-        bool pointer = type == R_X86_64_64 && !r->r_addend; /* in data: a table of functions */
-        if ((type != R_X86_64_JUMP_SLOT && type != R_X86_64_GLOB_DAT && !pointer) || symbol->st_shndx != SHN_UNDEF)
+        bool call = type == R_X86_64_JUMP_SLOT || type == R_X86_64_GLOB_DAT;
+        bool data = type == R_X86_64_64 && !r->r_addend; /* a variable that the program may have changed since */
+        if ((!call && !data) || symbol->st_shndx != SHN_UNDEF)
             continue;
         const char *name = o->strings + symbol->st_name;
-        struct ak_interposed *f = find(name) ?: find_loader(o->name, name);
+        struct ak_interposed *f = find(name) ?: find_loader(o, name);
         void **slot = (void **)(o->base + r->r_offset);
-        if (f && f->real && *slot && *slot != f->ours)
-            store(o, slot, f->ours);
+        if (!f || !f->real || !*slot || *slot == f->ours || (data && !ak_is_original(f, *slot)))
+            continue;
+        int code = store(o, slot, f->ours);
+        failed = failed ?: code;
     }
+    return failed;
 }
 
 static const void *pointer(const struct object *o, ElfW(Addr) address)
@@ -81,25 +89,43 @@ static const void *pointer(const struct object *o, ElfW(Addr) address)
     return (const void *)(address < o->base ? o->base + address : address); /* glibc has relocated it, others not */
 }
 
-static int patch_object(struct dl_phdr_info *info, size_t size, void *ours)
+struct patching {
+    uintptr_t interpreter; /* an address in it, 0 if there is none */
+    int failed;            /* a negative errno, or 0 */
+};
+
+static bool holds(const struct dl_phdr_info *info, uintptr_t address)
 {
+    for (int i = 0; i < info->dlpi_phnum; i++) {
+        const ElfW(Phdr) *p = &info->dlpi_phdr[i];
+        if (p->p_type == PT_LOAD && address - (info->dlpi_addr + p->p_vaddr) < p->p_memsz)
+            return true;
+    }
+    return false;
+}
+
+static int patch_object(struct dl_phdr_info *info, size_t size, void *context)
+{
+    struct patching *patching = context;
     struct object o = {.name = info->dlpi_name, .base = info->dlpi_addr};
     const ElfW(Dyn) *dynamic = NULL;
     (void)size;
+    if (holds(info, (uintptr_t)our_dlopen))
+        return 0; /* this library: it means the real ones */
     for (int i = 0; i < info->dlpi_phnum; i++) {
         const ElfW(Phdr) *p = &info->dlpi_phdr[i];
-        if (p->p_type == PT_LOAD && (uintptr_t)ours - (o.base + p->p_vaddr) < p->p_memsz)
-            return 0; /* this library: it means the real ones */
         if (p->p_type == PT_DYNAMIC)
             dynamic = (const ElfW(Dyn) *)(o.base + p->p_vaddr);
-        if (p->p_type == PT_GNU_RELRO)
-            o.relro = o.base + p->p_vaddr, o.relro_end = o.relro + p->p_memsz;
+        if (p->p_type == PT_GNU_RELRO) { /* whole pages only, as the dynamic linker protects them */
+            o.relro = (o.base + p->p_vaddr) & ~(uintptr_t)(AK_PAGE_SIZE - 1);
+            o.relro_end = (o.base + p->p_vaddr + p->p_memsz) & ~(uintptr_t)(AK_PAGE_SIZE - 1);
+        }
     }
-    if (!dynamic || strstr(info->dlpi_name, "libc.so") || strstr(info->dlpi_name, "ld-linux") ||
-        strstr(info->dlpi_name, "vdso"))
+    if (!dynamic)
         return 0;
     const ElfW(Rela) *rela = NULL, *jumps = NULL;
     size_t rela_bytes = 0, jump_bytes = 0;
+    bool runpath = false;
     for (const ElfW(Dyn) *d = dynamic; d->d_tag != DT_NULL; d++)
         switch (d->d_tag) {
         case DT_SYMTAB: o.symbols = pointer(&o, d->d_un.d_ptr); break;
@@ -108,19 +134,28 @@ static int patch_object(struct dl_phdr_info *info, size_t size, void *ours)
         case DT_RELASZ: rela_bytes = d->d_un.d_val; break;
         case DT_JMPREL: jumps = pointer(&o, d->d_un.d_ptr); break;
         case DT_PLTRELSZ: jump_bytes = d->d_un.d_val; break;
+        case DT_RUNPATH: runpath = true; break;
         }
     if (!o.symbols || !o.strings)
         return 0;
-    patch(&o, rela, rela_bytes);
-    patch(&o, jumps, jump_bytes);
+    o.looks_up =
+        holds(info, patching->interpreter) || strstr(o.name, "/_ctypes.") || strstr(o.name, "/_cffi_backend.") ||
+        strstr(o.name, "/libpython"); /* loaded RTLD_LOCAL, its names are not found */
+    o.loads = o.looks_up || (!*o.name && !runpath);
+    int first = patch(&o, rela, rela_bytes), second = patch(&o, jumps, jump_bytes);
+    patching->failed = patching->failed ?: first ?: second;
     return 0;
 }
 
-static void patch_all(void)
+/* 0 or a negative errno: an object could not be patched. No lock of ours is held meanwhile: dl_iterate_phdr() keeps other
+ * threads out, and a lock that a constructor may want in another thread's dlopen() would be waited for for ever. */
+static int patch_all(void)
 {
-    pthread_mutex_lock(&lock);
-    dl_iterate_phdr(patch_object, (void *)patch_all);
-    pthread_mutex_unlock(&lock);
+    static struct ak_interposed python = {.name = "PyGILState_Ensure"};
+    int code = python.real || !dlsym(RTLD_DEFAULT, python.name) ? 0 : ak_find_originals(&python, 1);
+    struct patching patching = {.interpreter = (uintptr_t)python.real, .failed = code};
+    dl_iterate_phdr(patch_object, &patching);
+    return patching.failed;
 }
 
 static void *our_dlopen(const char *name, int flags)
@@ -135,57 +170,15 @@ static void *our_dlsym(void *handle, const char *name)
 {
     void *found = ((void *(*)(void *, const char *))our_loader[1].real)(handle, name);
     const struct ak_interposed *f = found ? find(name) : NULL;
-    return f && f->real == found ? f->ours : found;
+    return f && ak_is_original(f, found) ? f->ours : found;
 }
 
-/* The definition of a function in one loaded object; NULL where that object has none of its own. */
-static void *defined_in(const struct link_map *map, const char *name)
+int ak_interpose(struct ak_interposed *functions, size_t n)
 {
-    void *object = dlopen(map->l_name, RTLD_LAZY | RTLD_NOLOAD), *found, *owner = NULL;
-    Dl_info info;
-    if (!object)
-        return NULL;
-    found = dlsym(object, name); /* also in what the object depends on */
-    if (found && !(dladdr1(found, &info, &owner, RTLD_DL_LINKMAP) && owner == map))
-        found = NULL;
-    dlclose(object);
-    return found;
-}
-
-/* The program's own entry for a function that it only imports. A program that is not position-independent has its PLT
- * entry stand for the address of such a function, also for dlsym(). To call that entry is to call through its GOT, so
- * through what we put there. */
-static bool is_import_of_program(void *address)
-{
-    ElfW(Sym) *symbol = NULL;
-    Dl_info info;
-    return dladdr1(address, &info, (void **)&symbol, RTLD_DL_SYMENT) && symbol && symbol->st_shndx == SHN_UNDEF;
-}
-
-/* The function itself, of whoever comes first in the look-up order: the C library, or a library preloaded before it. */
-static void *original(const char *name)
-{
-    void *found = dlsym(RTLD_DEFAULT, name), *program = dlopen(NULL, RTLD_LAZY);
-    struct link_map *map = NULL;
-    if (found && is_import_of_program(found)) {
-        found = NULL;
-        if (program && !dlinfo(program, RTLD_DI_LINKMAP, &map))
-            for (map = map->l_next; map && !found; map = map->l_next)
-                found = defined_in(map, name);
-    }
-    if (program)
-        dlclose(program);
-    return found;
-}
-
-/* Put these in front of the functions of the same name, now and in what is loaded later. Once per process. */
-void ak_interpose(struct ak_interposed *functions, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        functions[i].real = original(functions[i].name);
-    our_loader[0].real = original("dlopen");
-    our_loader[1].real = original("dlsym");
+    int code = ak_find_originals(our_loader, 2) ?: ak_find_originals(functions, n);
+    if (code)
+        return code;
     table = functions;
     table_size = n;
-    patch_all();
+    return patch_all();
 }

@@ -279,17 +279,20 @@ static int vcpu_ioctl(struct ak_vcpu *v, u32 request, void *data)
  * KVM_SET_SIGNAL_MASK the mask, or NULL). The result, or a negative errno. */
 int ak_vcpu_ioctl(struct ak_vcpu *v, u32 request, void *data)
 {
-    ak_vcpu_lock(v);
-    int r = vcpu_ioctl(v, request, data);
+    int r = ak_vcpu_lock(v);
+    if (r)
+        return r;
+    r = vcpu_ioctl(v, request, data);
     ak_vcpu_unlock(v);
     return r;
 }
 
 /* What a new vCPU has from its VM: the profile's choices, and which vCPU boots. */
-void ak_vcpu_configure(struct ak_vcpu *v, u32 annotate_all, u32 behaviour, u32 is_bsp)
+void ak_vcpu_configure(struct ak_vcpu *v, u32 annotate_all, u32 behaviour, u32 purge, u32 is_bsp)
 {
     v->annotate_all = annotate_all;
     v->behaviour = behaviour;
+    v->purge = purge;
     v->zaps = v->vm->zaps;
     v->sync_supported = KVM_SYNC_X86_VALID_FIELDS | (behaviour & AK_SYNC_LOW_HALF ? ~0ull << 32 : 0);
     v->msr.apic_base = (v->msr.apic_base & ~0x100ull) | (is_bsp ? 0x100 : 0);

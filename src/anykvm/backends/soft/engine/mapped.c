@@ -79,7 +79,7 @@ static bool host_writable(u64 hva)
 /* Room for a slot's bits. 0 or -1; without a profile that asks for it there is none. */
 int ak_mapped_alloc(const struct ak_vm *vm, struct ak_slot *slot)
 {
-    slot->mapped = vm->map_writable ? calloc((slot->npages + 63) / 64, sizeof *slot->mapped) : NULL;
+    slot->mapped = vm->map_writable ? ak_calloc((slot->npages + 63) / 64, sizeof *slot->mapped) : NULL;
     slot->any_mapped = 0;
     return vm->map_writable && !slot->mapped ? -1 : 0;
 }

@@ -49,6 +49,7 @@ static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation
     struct ak_slot *slot = ak_gfn_to_memslot(vm, gpa >> 12);
     w->read_only = !w->effects || (slot && (slot->flags & KVM_MEM_READONLY));
     enum ak_access access = w->effects ? AK_WRITE : AK_READ;
+    bool in_file = false;
     if (ak_may_be_private(vm, slot) && ak_gmem_faultin(w->v, slot, gpa >> 12, access, t)) {
         t->gpa = gpa & AK_PAGE_MASK;
         t->fault_access = AK_WRITE;
@@ -56,6 +57,7 @@ static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation
         if (t->pfn != KVM_PFN_OK)
             return hardware ? AK_WALK_STAGE2 : page_fault(w, 0, t);
         w->hva = t->hva | (gpa & ~AK_PAGE_MASK);
+        in_file = true; /* its look-up was asked about already */
     } else if (slot)
         w->hva = slot->hva + (gpa - (slot->base_gfn << 12));
     else {
@@ -63,8 +65,9 @@ static int load_entry(struct walk *w, u64 gpa, u64 *entry, struct ak_translation
         t->table_gpa = gpa;
         return page_fault(w, 0, t);
     }
-    u32 why, pfn = KVM_PFN_OK, tries = 0;
-    while ((why = (u32)ak_host_load(w->hva, w->size, !w->read_only, entry))) {
+    u32 why = w->effects && !in_file ? (u32)ak_refused(w->v, AK_LOOKUP_HVA, gpa, access) : 0;
+    u32 pfn = ak_refusal_pfn((int)why), tries = 0;
+    while (pfn == KVM_PFN_OK && (why = (u32)ak_host_load(w->hva, w->size, !w->read_only, entry))) {
         pfn = ak_hva_refused(w->v, w->hva, w->read_only ? AK_READ : AK_WRITE, &why);
         if (pfn != KVM_PFN_OK)
             break;

@@ -71,9 +71,13 @@ const char *ak_self_test(void)
     memcpy(memory + HANDLER, handler, sizeof handler);
     memcpy(memory + 13 * 4, &(u32){HANDLER}, 4);
     mprotect(memory + 0x8000, AK_PAGE_SIZE, PROT_NONE);
-    struct ak_vcpu *v = ak_slot_insert(vm, &slot) ? NULL : ak_vcpu_create(vm, 0, run);
-    if (v) {
+    struct ak_slot *prepared = ak_slot_prepare(vm, &slot);
+    struct ak_vcpu *v;
+    if (prepared && !ak_vcpu_create(vm, 0, run, &v)) {
+        ak_slot_link(vm, prepared);
+        ak_vcpu_lock(v);
         wrong = run_guest(v, memory);
+        ak_vcpu_unlock(v);
         ak_vcpu_destroy(v);
     }
     ak_vm_destroy(vm);

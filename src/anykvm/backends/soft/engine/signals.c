@@ -3,6 +3,9 @@
  * Looking needs the vCPU to leave guest code, of which the ticker takes care (ticker.c). */
 #define _GNU_SOURCE
 #include "engine_internal.h"
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -15,6 +18,13 @@
 /* All signals but those that a thread raises by what it executes. */
 static const u64 everything = ~(BIT(SIGSEGV) | BIT(SIGBUS) | BIT(SIGILL) | BIT(SIGFPE) | BIT(SIGTRAP));
 
+/* The C library's own: it stops a process's threads by them, for setuid() say, and waits for each to answer. */
+#ifdef __GLIBC__
+static const u64 of_libc = BIT(32) | BIT(33);
+#else
+static const u64 of_libc = BIT(32) | BIT(33) | BIT(34);
+#endif
+
 /* rt_sigprocmask() itself: twice in each KVM_RUN, and glibc's wrapper costs as much as a third of it. */
 static void change_mask(int how, const u64 *set, u64 *old)
 {
@@ -26,11 +36,13 @@ static void set_mask(const u64 *set, u64 *old)
     change_mask(SIG_SETMASK, set, old);
 }
 
-/* Block every signal of the process: for a thread that is none of the program's. Returns the mask to restore. */
+/* Block every signal of the program: for a thread that is none of the program's, which must not take one that the program waits for.
+ * Those of faults too: such a thread touches no guest memory. Returns the mask to restore. */
 u64 ak_signals_block(void)
 {
+    const u64 all = ~of_libc;
     u64 old;
-    set_mask(&everything, &old);
+    set_mask(&all, &old);
     return old;
 }
 
@@ -62,7 +74,10 @@ void ak_signals_in_child(void)
 
 static __thread struct {
     bool running;    /* KVM_RUN: they are open */
+    struct ak_vcpu *vcpu; /* whose */
+    bool opened;     /* for one access */
     u64 signals;     /* taken out: bits, and what came with them */
+    u64 of_process;  /* those that any thread may take */
     siginfo_t *info;
 } held __attribute__((tls_model("initial-exec"))); /* no allocation in a handler */
 
@@ -71,11 +86,13 @@ static siginfo_t *held_info(int signo)
     return &held.info[__builtin_popcountll(~everything & (BIT(signo) - 1))];
 }
 
-/* In the handler: somebody sent this signal of a fault to a thread in KVM_RUN. False: it is not in KVM_RUN. */
+/* In the handler: somebody sent this signal of a fault. False: it was not us who opened it. */
 bool ak_hold_signal(const siginfo_t *info)
 {
-    if (!held.running)
+    if (!held.running && !held.opened)
         return false;
+    if (info->si_code != SI_TKILL)
+        held.of_process |= BIT(info->si_signo);
     if (!(held.signals & BIT(info->si_signo))) /* more of the same are one */
         *held_info(info->si_signo) = *info;
     held.signals |= BIT(info->si_signo);
@@ -84,12 +101,41 @@ bool ak_hold_signal(const siginfo_t *info)
     return true;
 }
 
-/* The pending ones of `blocked`, which are blocked. */
+/* In the handler: a SIGSEGV of the ticker's (poke.c) for this thread. Where more signals are pending than RLIMIT_SIGPENDING allows,
+ * the kernel delivers one without its information: as if process 0 had sent it. */
+bool ak_is_poke(const siginfo_t *info)
+{
+    if (info->si_code == AK_SI_POKE)
+        return info->si_pid == getpid();
+    return info->si_signo == SIGSEGV && info->si_code == SI_USER && !info->si_pid && held.running &&
+           held.vcpu->pokes != held.vcpu->pokes_seen;
+}
+
+/* Signals that are pending for this thread alone; all, where there is no /proc to say which. */
+static u64 pending_for_thread(void)
+{
+    char text[2048];
+    int fd = open("/proc/thread-self/status", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    if (fd >= 0)
+        close(fd);
+    text[n > 0 ? n : 0] = 0;
+    const char *at = strstr(text, "SigPnd:");
+    return at ? strtoull(at + strlen("SigPnd:"), NULL, 16) : ~0ull;
+}
+
+/* The pending ones of `blocked`, which are blocked. One that was sent to the process goes back to the process: this may be
+ * a thread that nobody waits for it on. */
 static void hold_pending(u64 blocked)
 {
     const struct timespec now = {0};
     siginfo_t info;
+    u64 pending = 0;
     long signo;
+    syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
+    if (!(pending & blocked))
+        return;
+    held.of_process |= pending & blocked & ~pending_for_thread();
     while ((signo = syscall(SYS_rt_sigtimedwait, &blocked, &info, &now, KERNEL_SIGSET)) > 0) {
         *held_info((int)signo) = info;
         held.signals |= BIT(signo);
@@ -98,11 +144,14 @@ static void hold_pending(u64 blocked)
 
 static void release_held(void)
 {
-    u64 signals = held.signals;
-    held.signals = 0;
+    u64 signals = held.signals, of_process = held.of_process;
+    held.signals = held.of_process = 0;
     for (; signals; signals &= signals - 1) {
         int signo = __builtin_ctzll(signals) + 1;
-        syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), signo, held_info(signo));
+        if (!(of_process & BIT(signo)))
+            syscall(SYS_rt_tgsigqueueinfo, getpid(), gettid(), signo, held_info(signo));
+        else if (syscall(SYS_rt_sigqueueinfo, getpid(), signo, held_info(signo)))
+            kill(getpid(), signo); /* a kill() can be repeated as it was by the main thread alone */
     }
 }
 
@@ -118,6 +167,7 @@ u64 ak_faults_open(siginfo_t info[AK_FAULT_SIGNALS])
         return 0;
     held.info = info;
     hold_pending(mask & (BIT(SIGSEGV) | BIT(SIGBUS)));
+    held.opened = true;
     opened = mask & ~(BIT(SIGSEGV) | BIT(SIGBUS));
     set_mask(&opened, NULL);
     return mask;
@@ -128,6 +178,7 @@ void ak_faults_close(u64 mask)
     if (!mask)
         return;
     set_mask(&mask, NULL);
+    held.opened = false;
     release_held();
 }
 
@@ -139,14 +190,20 @@ void ak_signals_enter(struct ak_vcpu *v)
     if (__builtin_expect(!this_thread, 0))
         this_thread = gettid();
     v->tid = this_thread;
-    held.info = v->held_info;
+    v->outer_vcpu = held.running ? held.vcpu : NULL;
+    held.vcpu = v;
+    v->outer_info = held.running ? held.info : NULL;
+    if (!v->outer_info)
+        held.info = v->held_info;
     change_mask(SIG_BLOCK, &everything, &v->outer_mask);
     if (__builtin_expect(v->outer_mask & ~everything, 0)) {
         hold_pending(v->outer_mask & ~everything);
         set_mask(&everything, NULL);
     }
     held.running = true;
+    v->device_raised = v->device_interrupted = false;
     v->active_mask = v->has_sigmask ? v->sigmask : v->outer_mask;
+    v->interrupted = 0;
 }
 
 static void send_sigbus(u64 hva)
@@ -159,9 +216,10 @@ static void send_sigbus(u64 hva)
 
 void ak_signals_leave(struct ak_vcpu *v)
 {
-    held.running = false;
+    held.running = v->outer_info != NULL;
+    held.vcpu = v->outer_vcpu;
     set_mask(&v->outer_mask, NULL);
-    if (__builtin_expect(held.signals != 0, 0))
+    if (__builtin_expect(held.signals != 0 && !held.running, 0)) /* inside of another KVM_RUN what waits goes on waiting */
         release_held();
     if (v->sigbus_hva) {
         send_sigbus(v->sigbus_hva); /* now that the caller's mask decides, as in the kernel */
@@ -189,18 +247,24 @@ static bool deliverable(const struct ak_vcpu *v, u64 pending)
     return false;
 }
 
-/* Whether one of these, which are pending, would end the vCPU's KVM_RUN. Any thread; those of faults are never blocked. */
+/* Whether one of these, which are pending, or one that CPython has noted, would end the vCPU's KVM_RUN. Any thread; those of faults are never blocked. */
 bool ak_signals_would_end(const struct ak_vcpu *v, u64 pending)
 {
-    return deliverable(v, pending & everything);
+    return deliverable(v, pending & everything) || ak_python_signal_waits(v);
+}
+
+/* Whether one waits for this thread that the vCPU should take. Also in a signal handler. */
+bool ak_signal_waits(const struct ak_vcpu *v)
+{
+    u64 pending = 0;
+    syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
+    return v->device_interrupted || deliverable(v, pending | held.signals) || ak_python_signal_waits(v);
 }
 
 /* signal_pending() under the active mask. */
 bool ak_signal_pending(struct ak_vcpu *v)
 {
-    u64 pending = 0;
-    syscall(SYS_rt_sigpending, &pending, KERNEL_SIGSET);
-    return deliverable(v, pending | held.signals) || ak_python_interrupted(v);
+    return v->interrupted || ak_signal_waits(v) || ak_python_interrupted(v);
 }
 
 /* kvm_send_hwpoison_signal(): the vCPU's thread gets SIGBUS with the page's host address. True: it is deliverable, and

@@ -29,7 +29,7 @@ static int room_for_id(struct ak_vm *vm, u32 id)
     if (id < vm->ids_room)
         return 0;
     u32 room = id + 1 > vm->ids_room * 2 ? id + 1 : vm->ids_room * 2;
-    struct ak_slot **grown = realloc(vm->slots_by_id, room * sizeof *grown);
+    struct ak_slot **grown = ak_realloc(vm->slots_by_id, room * sizeof *grown);
     if (!grown)
         return -ENOMEM;
     memset(grown + vm->ids_room, 0, (room - vm->ids_room) * sizeof *grown);
@@ -44,32 +44,43 @@ void ak_slot_free(struct ak_slot *slot)
     free(slot);
 }
 
-int ak_slot_insert(struct ak_vm *vm, const struct ak_slot *slot)
+static int room_for_slot(struct ak_vm *vm)
 {
-    if (vm->nslots == vm->slots_room) {
-        u32 room = vm->slots_room ? vm->slots_room * 2 : 16;
-        struct ak_slot **grown = realloc(vm->slots, room * sizeof *grown);
-        if (!grown)
-            return -ENOMEM;
-        vm->slots = grown;
-        vm->slots_room = room;
-    }
-    if (room_for_id(vm, slot->id))
+    if (vm->nslots < vm->slots_room)
+        return 0;
+    u32 room = vm->slots_room ? vm->slots_room * 2 : 16;
+    struct ak_slot **grown = ak_realloc(vm->slots, room * sizeof *grown);
+    if (!grown)
         return -ENOMEM;
-    struct ak_slot *copy = malloc(sizeof *copy);
+    vm->slots = grown;
+    vm->slots_room = room;
+    return 0;
+}
+
+/* All memory that a slot to be needs; nothing else has changed. NULL: there is none. */
+struct ak_slot *ak_slot_prepare(struct ak_vm *vm, const struct ak_slot *slot)
+{
+    if (room_for_slot(vm) || room_for_id(vm, slot->id))
+        return NULL;
+    struct ak_slot *copy = ak_malloc(sizeof *copy);
     if (!copy)
-        return -ENOMEM;
+        return NULL;
     *copy = *slot;
     if (ak_mapped_alloc(vm, copy)) {
         free(copy);
-        return -ENOMEM;
+        return NULL;
     }
+    return copy;
+}
+
+/* Put in a slot that was prepared. It cannot fail. */
+void ak_slot_link(struct ak_vm *vm, struct ak_slot *slot)
+{
     u32 at = position(vm, slot->base_gfn);
     memmove(vm->slots + at + 1, vm->slots + at, (vm->nslots - at) * sizeof *vm->slots);
-    vm->slots[at] = copy;
+    vm->slots[at] = slot;
     vm->nslots++;
-    vm->slots_by_id[slot->id] = copy;
-    return 0;
+    vm->slots_by_id[slot->id] = slot;
 }
 
 static struct ak_slot *exact(struct ak_vm *vm, u64 base_gfn, u32 id, u32 *at)

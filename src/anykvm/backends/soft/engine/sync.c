@@ -114,7 +114,7 @@ void ak_exit_internal(struct ak_vcpu *v, u32 suberror)
     run->internal.ndata = suberror == KVM_INTERNAL_ERROR_DELIVERY_EV ? 5 : 6;
     if (suberror == KVM_INTERNAL_ERROR_DELIVERY_EV)
         run->internal.data[3] = v->exit.gpa;
-    else if ((size = ak_instruction_bytes(v, bytes))) {
+    else if (v->exit.kind != AK_EXIT_ENGINE && (size = ak_instruction_bytes(v, bytes))) {
         run->emulation_failure.insn_size = (u8)size;
         memset(run->emulation_failure.insn_bytes, 0x90, sizeof run->emulation_failure.insn_bytes); /* the kernel's filling */
         memcpy(run->emulation_failure.insn_bytes, bytes, size);

@@ -2,86 +2,41 @@
  * look for signals (signals.c), and wakes one that sleeps in a page fault although a signal waits for it. */
 #define _GNU_SOURCE
 #include "engine_internal.h"
-#include <errno.h>
-#include <fcntl.h>
-#include <sched.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include <linux/close_range.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #define TICK_NS 1000000
 #define IDLE_TICKS 50
+#define STACK_SIZE (256u << 10)
 
 static pthread_mutex_t ticker_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t ticker_wake = PTHREAD_COND_INITIALIZER;
-static struct ak_vcpu *watched[4096];
-static u32 nwatched;
+static struct ak_vcpu *watched; /* by next_watched */
 static bool ticker_started;
-static volatile bool ticker_idle = true;
+static bool ticker_idle = true;
+static u32 idle_ticks = IDLE_TICKS;
+static u32 idle_pause_us;
 
-static bool read_proc(pid_t tid, const char *what, char *text, size_t size)
+/* For tests: after how many quiet ticks the ticker sleeps, and how long it dawdles between looking and saying so. */
+void ak_ticker_tune(u32 ticks, u32 pause_us)
 {
-    char path[64];
-    snprintf(path, sizeof path, "/proc/self/task/%d/%s", (int)tid, what);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : read(fd, text, size - 1);
-    if (fd >= 0)
-        close(fd);
-    text[n > 0 ? n : 0] = 0;
-    return n > 0;
-}
-
-static u64 field(const char *text, const char *name)
-{
-    const char *at = strstr(text, name);
-    return at ? strtoull(at + strlen(name), NULL, 16) : 0;
-}
-
-/* A kicked vCPU that does not leave sleeps in a page fault that somebody is to resolve: a userfaultfd's. The kernel's
- * KVM_RUN would end with EINTR when a signal comes (FOLL_INTERRUPTIBLE, KVM_PFN_ERR_SIGPENDING). Its signals are blocked
- * here, so look for one that it should take, and wake it with the one signal that is always open in KVM_RUN and always
- * ours: SIGSEGV, marked. Done so that it cannot arrive after KVM_RUN (ak_pokes_settle). */
-static void poke(struct ak_vcpu *v)
-{
-    char text[2048];
-    unsigned long long sp, pc;
-    if (!read_proc(v->tid, "syscall", text, sizeof text) || sscanf(text, "-1 %llx %llx", &sp, &pc) != 2)
-        return; /* it runs, or is in a system call: not in a page fault */
-    if (!read_proc(v->tid, "status", text, sizeof text) ||
-        !ak_signals_would_end(v, field(text, "SigPnd:") | field(text, "ShdPnd:")))
-        return;
-    siginfo_t info = {.si_signo = SIGSEGV, .si_code = AK_SI_POKE};
-    info.si_pid = getpid();
-    info.si_value.sival_ptr = (void *)(uintptr_t)pc;
-    __atomic_add_fetch(&v->pokes, 1, __ATOMIC_SEQ_CST);
-    if (v->in_guest && v->entries == v->tick_entries)
-        syscall(SYS_rt_tgsigqueueinfo, getpid(), v->tid, SIGSEGV, &info);
-    __atomic_add_fetch(&v->pokes, 1, __ATOMIC_SEQ_CST);
-}
-
-/* Out of guest mode: let the pokes that were sent arrive before anything else happens on this thread. */
-void ak_pokes_settle(struct ak_vcpu *v)
-{
-    u32 now;
-    while ((now = __atomic_load_n(&v->pokes, __ATOMIC_SEQ_CST)) & 1)
-        sched_yield();
-    syscall(SYS_getpid); /* signals are delivered when a system call returns */
-    v->pokes_seen = now;
+    pthread_mutex_lock(&ticker_lock);
+    idle_ticks = ticks ? ticks : IDLE_TICKS;
+    idle_pause_us = pause_us;
+    pthread_mutex_unlock(&ticker_lock);
 }
 
 static bool tick(void)
 {
     bool busy = false;
-    for (u32 i = 0; i < nwatched; i++) {
-        struct ak_vcpu *v = watched[i];
+    for (struct ak_vcpu *v = watched; v; v = v->next_watched) {
         if (v->in_guest && v->entries == v->tick_entries) {
             v->ticks++;
             ak_kick(v);
             if (v->tick_stuck++)
-                poke(v);
+                ak_poke(v);
         } else
             v->tick_stuck = 0;
         busy |= v->in_guest || v->entries != v->tick_entries;
@@ -90,19 +45,35 @@ static bool tick(void)
     return busy;
 }
 
+/* Nothing to do: sleep until a vCPU enters the guest. It says so (entries) before it looks at ticker_idle, and here it is the
+ * other way round, each with a full barrier between: whichever comes second sees the other. */
+static void idle(void)
+{
+    __atomic_store_n(&ticker_idle, true, __ATOMIC_SEQ_CST);
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (tick()) {
+        __atomic_store_n(&ticker_idle, false, __ATOMIC_SEQ_CST);
+        return;
+    }
+    while (ticker_idle)
+        pthread_cond_wait(&ticker_wake, &ticker_lock);
+}
+
 static void *ticker(void *unused)
 {
     u32 quiet = 0;
     (void)unused;
+    /* A table of descriptors of its own, an empty one: the program may have used up its own, and poke.c needs one. */
+    syscall(SYS_close_range, 0, ~0u, CLOSE_RANGE_UNSHARE);
     pthread_mutex_lock(&ticker_lock);
     for (;;) {
         struct timespec pause = {.tv_nsec = TICK_NS};
         ak_host_init(); /* the program may have put its own handler over ours */
         quiet = tick() ? 0 : quiet + 1;
-        if (quiet > IDLE_TICKS) {
-            ticker_idle = true;
-            while (ticker_idle)
-                pthread_cond_wait(&ticker_wake, &ticker_lock);
+        if (quiet > idle_ticks) {
+            if (idle_pause_us)
+                usleep(idle_pause_us);
+            idle();
             quiet = 0;
         }
         pthread_mutex_unlock(&ticker_lock);
@@ -112,50 +83,57 @@ static void *ticker(void *unused)
     return NULL;
 }
 
-static void start_ticker(void)
+/* Have the thread, without which no signal would end a KVM_RUN: before there is a vCPU. 0 or what pthread_create() says,
+ * negative: -EAGAIN. */
+int ak_ticker_start(void)
 {
     pthread_t thread;
-    u64 old = ak_signals_block(); /* no signal of the process is for the ticker */
-    if (!pthread_create(&thread, NULL, ticker, NULL)) {
-        pthread_detach(thread);
-        ticker_started = true;
+    pthread_attr_t attributes;
+    int r = 0;
+    pthread_mutex_lock(&ticker_lock);
+    if (!ticker_started) {
+        u64 old = ak_signals_block(); /* no signal of the process is for the ticker */
+        pthread_attr_init(&attributes);
+        pthread_attr_setstacksize(&attributes, STACK_SIZE);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        r = -pthread_create(&thread, &attributes, ticker, NULL);
+        pthread_attr_destroy(&attributes);
+        ticker_started = !r;
+        if (!r)
+            pthread_setname_np(thread, "anykvm-ticker"); /* its maker's name otherwise; it never ends */
+        ak_signals_restore(old);
     }
-    ak_signals_restore(old);
+    pthread_mutex_unlock(&ticker_lock);
+    return r;
 }
 
-/* Before guest code runs: have it watched. */
+/* Before guest code runs, v->in_guest set: have it watched. The count is a full barrier (idle()). */
 void ak_ticker_arm(struct ak_vcpu *v)
 {
-    v->entries++;
-    if (__builtin_expect(!ticker_idle, 1))
+    __atomic_add_fetch(&v->entries, 1, __ATOMIC_SEQ_CST);
+    if (__builtin_expect(!__atomic_load_n(&ticker_idle, __ATOMIC_SEQ_CST), 1))
         return;
     ak_host_init();
     pthread_mutex_lock(&ticker_lock);
-    ticker_idle = false;
-    if (!ticker_started)
-        start_ticker();
+    __atomic_store_n(&ticker_idle, false, __ATOMIC_SEQ_CST);
     pthread_cond_signal(&ticker_wake);
     pthread_mutex_unlock(&ticker_lock);
 }
 
-int ak_watch(struct ak_vcpu *v)
+void ak_watch(struct ak_vcpu *v)
 {
-    int r = 0;
     pthread_mutex_lock(&ticker_lock);
-    if (nwatched < sizeof watched / sizeof *watched)
-        watched[nwatched++] = v;
-    else
-        r = -ENOMEM;
+    v->next_watched = watched;
+    watched = v;
     pthread_mutex_unlock(&ticker_lock);
-    return r;
 }
 
 void ak_unwatch(struct ak_vcpu *v)
 {
     pthread_mutex_lock(&ticker_lock);
-    for (u32 i = 0; i < nwatched; i++)
-        if (watched[i] == v) {
-            watched[i] = watched[--nwatched];
+    for (struct ak_vcpu **p = &watched; *p; p = &(*p)->next_watched)
+        if (*p == v) {
+            *p = v->next_watched;
             break;
         }
     pthread_mutex_unlock(&ticker_lock);
@@ -165,7 +143,7 @@ void ak_ticker_in_child(void)
 {
     ticker_started = false;
     ticker_idle = true;
-    nwatched = 0;
+    watched = NULL;
     pthread_mutex_init(&ticker_lock, NULL);
     pthread_cond_init(&ticker_wake, NULL); /* the parent's ticker waits in it, who is not here to leave it */
 }

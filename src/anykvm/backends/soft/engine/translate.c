@@ -4,6 +4,8 @@
  *    instruction whose store is done);
  *  - INS/OUTS, VEX instructions the engine would run as SSE, and LOCK before what cannot have it, which the engine would
  *    pass over, are shown to the decoder as an undefined opcode;
+ *  - REX.R before an SSSE3 instruction on MMX registers is hidden: the engine would reach behind its eight registers;
+ *  - a block ends before the engine has no room for more temporaries, which it does not check;
  *  - MMX and SSE operands of 4 or 8 bytes of which the engine reads 8 or 16;
  *  - 16-byte alignment of SSE operands (#GP) and, at CPL 3 with CR0.AM and EFLAGS.AC, natural alignment (#AC).
  * Which instructions these are is decode.c's. */
@@ -13,6 +15,8 @@
 #define MO_ALIGN_16 (4 << 4)
 #define MO_32 2 /* zero-extended */
 #define UNDEFINED_OPCODE 0xf1
+#define REX_R 4u
+#define TEMPS_OF_AN_INSTRUCTION 128 /* more than any needs */
 
 struct TCGContext;
 extern u32 __real_cpu_ldub_code_x86_64(struct CPUX86State *env, u64 va);
@@ -79,9 +83,21 @@ u64 __wrap_cpu_ldq_code_x86_64(struct CPUX86State *env, u64 va)
     return __real_cpu_ldq_code_x86_64(env, va);
 }
 
+/* Show the decoder this instruction's prefixes without REX.R. */
+static void hide_rex_r(struct ak_vcpu *v, u64 pc, const struct ak_decoded *d)
+{
+    for (u32 i = 0; i < d->prefixes; i++) {
+        u8 b = ak_code_byte(v->env, pc + i);
+        v->insn_bytes[i] = (b & 0xf0) == 0x40 ? b & (u8)~REX_R : b;
+    }
+    v->insn_pc = pc;
+    v->insn_len = d->prefixes;
+}
+
 static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
 {
     struct ak_vcpu *v = ak_current;
+    const struct TCGContext *tcg = v->uc->tcg_ctx;
     v->translating = (u32)db->num_insns;
     struct ak_decoded d = ak_decode(v->env, db->pc_next);
     v->insn_len = 0;
@@ -90,7 +106,8 @@ static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
         v->insn_bytes[0] = UNDEFINED_OPCODE;
         v->insn_len = 1;
         v->insn_hidden = d.size - 1; /* by them it was told: the block is stale when they change */
-    }
+    } else if ((d.rex & REX_R) && ak_names_mmx(&d))
+        hide_rex_r(v, db->pc_next, &d);
     v->align_need = ak_needs_align16(&d) ? MO_ALIGN_16 : 0;
     if (!v->align_need && (db->tb->flags & HF_AC_MASK) && (db->tb->flags & HF_CPL_MASK) == 3 && (v->env->cr[0] & CR0_AM))
         v->align_need = MO_ALIGN;
@@ -99,6 +116,8 @@ static void translate_insn(struct DisasContextBase *db, struct CPUState *cpu)
     stock_translate_insn(db, cpu);
     v->insn_len = 0;
     v->align_need = v->operand_bytes = 0;
+    if (tcg->nb_temps > MAX_TEMPS - TEMPS_OF_AN_INSTRUCTION) /* many instructions leave one behind */
+        db->max_insns = db->num_insns;
 }
 
 void __wrap_translator_loop_x86_64(const struct TranslatorOps *ops, struct DisasContextBase *db, struct CPUState *cpu,
@@ -130,6 +149,17 @@ void __wrap_gen_intermediate_code_x86_64(struct CPUState *cpu, struct Translatio
     u64 end = tb->pc + tb->size;
     if (tb->size && ((end - 1) ^ tb->pc) & AK_PAGE_MASK)
         ak_code_span_rest(v, host_page(v->env, end - 1), (u32)(end & ~AK_PAGE_MASK));
+}
+
+/* The rest of a translation. No translated code runs meanwhile, of which a trap could be (trap.c). */
+extern int __real_tcg_gen_code_x86_64(struct TCGContext *, struct TranslationBlock *);
+int __wrap_tcg_gen_code_x86_64(struct TCGContext *tcg, struct TranslationBlock *tb)
+{
+    struct ak_vcpu *v = ak_current;
+    v->translating = 1;
+    int size = __real_tcg_gen_code_x86_64(tcg, tb);
+    v->translating = 0;
+    return size;
 }
 
 /* Emulation and stepping end with their instruction: no jump from one block straight into the next. */

@@ -22,6 +22,7 @@
 #define FLOAT_STATUS_FTZ 4
 #define FLOAT_STATUS_DAZ 5
 #define TLB_ENTRY_BITS 6
+#define MAX_TEMPS 512
 
 struct SegmentCache { uint32_t selector; uint64_t base; uint32_t limit; uint32_t flags; };
 struct FPRegister { union { uint8_t bytes[16]; struct { uint64_t low; uint16_t high; } ext; }; } __attribute__((aligned(16)));
@@ -110,12 +111,14 @@ _Static_assert(offsetof(struct CPUClass, cpu_exec_enter) == 128, "CPUClass.cpu_e
 struct TCGContext {
     union {
         char size_[42840];
+        struct { char pad_nb_temps[48]; int nb_temps; };
         struct { char pad_tb_cflags[100]; uint32_t tb_cflags; };
         struct { char pad_code_gen_buffer[160]; char *code_gen_buffer; };
         struct { char pad_code_gen_buffer_size[184]; size_t code_gen_buffer_size; };
         struct { char pad_code_gen_epilogue[152]; void *code_gen_epilogue; };
     };
 };
+_Static_assert(offsetof(struct TCGContext, nb_temps) == 48, "TCGContext.nb_temps");
 _Static_assert(offsetof(struct TCGContext, tb_cflags) == 100, "TCGContext.tb_cflags");
 _Static_assert(offsetof(struct TCGContext, code_gen_buffer) == 160, "TCGContext.code_gen_buffer");
 _Static_assert(offsetof(struct TCGContext, code_gen_buffer_size) == 184, "TCGContext.code_gen_buffer_size");
@@ -144,12 +147,14 @@ struct DisasContextBase {
         struct { char pad_pc_first[8]; uint64_t pc_first; };
         struct { char pad_pc_next[16]; uint64_t pc_next; };
         struct { char pad_num_insns[28]; int num_insns; };
+        struct { char pad_max_insns[32]; int max_insns; };
     };
 };
 _Static_assert(offsetof(struct DisasContextBase, tb) == 0, "DisasContextBase.tb");
 _Static_assert(offsetof(struct DisasContextBase, pc_first) == 8, "DisasContextBase.pc_first");
 _Static_assert(offsetof(struct DisasContextBase, pc_next) == 16, "DisasContextBase.pc_next");
 _Static_assert(offsetof(struct DisasContextBase, num_insns) == 28, "DisasContextBase.num_insns");
+_Static_assert(offsetof(struct DisasContextBase, max_insns) == 32, "DisasContextBase.max_insns");
 
 struct TranslatorOps {
     union {

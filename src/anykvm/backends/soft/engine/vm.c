@@ -15,6 +15,7 @@ static void in_child(void)
     ak_signals_in_child();
     ak_ticker_in_child();
     ak_devices_in_child();
+    ak_gmem_files_in_child();
 }
 
 static void __attribute__((constructor)) watch_forks(void)
@@ -29,7 +30,7 @@ u32 ak_mm_generation(void)
 
 struct ak_vm *ak_vm_create(void)
 {
-    struct ak_vm *vm = calloc(1, sizeof *vm);
+    struct ak_vm *vm = ak_calloc(1, sizeof *vm);
     struct timespec t;
     if (!vm)
         return NULL;
@@ -71,19 +72,27 @@ void ak_vm_kill(struct ak_vm *vm)
     pthread_mutex_unlock(&vm->lock);
 }
 
-/* km:kvm_vcpu_ioctl: another mm, or a dead VM. */
+/* km:kvm_vcpu_ioctl: another mm, or a dead VM; for KVM_RUN also an engine that has failed. */
 int ak_vcpu_dead(struct ak_vcpu *v)
 {
-    return ak_vm_dead(v->vm);
+    return v->broken ? -EIO : ak_vm_dead(v->vm);
 }
 
+/* vcpu->mutex. What the engine allocates on this thread is this vCPU's from now on. 0, or -EDEADLK: from inside a device's
+ * fault handler that the vCPU's VM waits for. */
 int ak_vcpu_lock(struct ak_vcpu *v)
 {
-    return -pthread_mutex_lock(&v->mutex);
+    if (__builtin_expect(ak_device_deadlock(v->vm), 0))
+        return -EDEADLK;
+    int r = pthread_mutex_lock(&v->mutex);
+    v->outer_heap = ak_heap;
+    ak_heap = v->heap;
+    return -r;
 }
 
 void ak_vcpu_unlock(struct ak_vcpu *v)
 {
+    ak_heap = v->outer_heap;
     pthread_mutex_unlock(&v->mutex);
 }
 
@@ -111,16 +120,16 @@ void ak_vm_set_hypercall_exits(struct ak_vm *vm, u64 mask)
 
 static int replace(struct ak_vm *vm, const struct ak_slot *old, const struct ak_slot *new)
 {
-    int r = 0;
     if (old && new && old->base_gfn == new->base_gfn)
         return ak_slot_flags(vm, new->base_gfn, new->id, new->flags, new->dirty_bitmap);
-    if (old)
-        r = ak_slot_remove(vm, old->base_gfn, old->id);
-    if (!r && new) {
-        r = ak_slot_insert(vm, new);
-        if (r && old)
-            ak_slot_insert(vm, old);
-    }
+    struct ak_slot *prepared = new ? ak_slot_prepare(vm, new) : NULL; /* what can fail comes first */
+    if (new && !prepared)
+        return -ENOMEM;
+    int r = old ? ak_slot_remove(vm, old->base_gfn, old->id) : 0;
+    if (prepared && !r)
+        ak_slot_link(vm, prepared);
+    else if (prepared)
+        ak_slot_free(prepared);
     return r;
 }
 

@@ -4,88 +4,100 @@ from __future__ import annotations
 
 import errno as _errno
 from collections.abc import Callable
-from struct import Struct
 from typing import TYPE_CHECKING, Final
 
 from anykvm.abi import constants as c
+from anykvm.abi.reading import field, reader
+from anykvm.abi.structures import kvm_run
 from anykvm.abi.validity import MEMORY_FAULT_ERRNOS, memory_fault_valid
-from anykvm.api import exits_more as more
-from anykvm.api.exits import Exit, Intr, MemoryFault, Mmio, Unknown
+from anykvm.api.exits.accesses import Mmio
+from anykvm.api.exits.base import Exit
+from anykvm.api.exits.ends import Debug, FailEntry, Hlt, InternalError, Shutdown, SystemEvent
+from anykvm.api.exits.interrupts import ApResetHold, IoapicEoi, IrqWindowOpen, Nmi, SetTpr, TprAccess
+from anykvm.api.exits.intr import Intr, Unknown
+from anykvm.api.exits.memory_fault import MemoryFault
+from anykvm.api.exits.notifications import DirtyRingFull, Notify, X86BusLock
+from anykvm.api.exits.requests import Hypercall, X86Rdmsr, X86Wrmsr
 
 if TYPE_CHECKING:
     from anykvm.api.vcpu import Vcpu
 
     Decoder = Callable[[memoryview, Vcpu | None, int], Exit]
 
-UNION: Final = 32
-"""Offset of the exit union in kvm_run."""
-UNION_SIZE: Final = 256
+UNION, UNION_SIZE = field(kvm_run, "padding")
+"""Offset and size of the exit union in kvm_run."""
 
 _new: Final = object.__new__
-EXIT_REASON: Final = Struct("<8xI").unpack_from
-# exit_reason, and for KVM_EXIT_IO {direction, size, port, count, data_offset}: one unpacking for the hot path.
-REASON_AND_IO: Final = Struct("<8xI20xBBHIQ").unpack_from
-_MMIO: Final = Struct("<Q8sIB").unpack_from
-# exit_reason and memory_fault {flags, gpa, size}, for the same reason.
-_REASON_AND_FAULT: Final = Struct("<8xI20xQQQ").unpack_from
-_FAIL_ENTRY: Final = Struct("<QI").unpack_from
-_DEBUG: Final = Struct("<I4xQQQ").unpack_from
-_COUNTED: Final = Struct("<II16Q").unpack_from
-_HYPERCALL: Final = Struct("<Q6Q8xQ").unpack_from
-_MSR: Final = Struct("<8xIIQ").unpack_from
-_TPR_ACCESS: Final = Struct("<QI").unpack_from
-_U32: Final = Struct("<I").unpack_from
+EXIT_REASON: Final = reader(kvm_run, "exit_reason").unpack_from
+"""``(exit_reason,)``"""
+REASON_AND_IO: Final = reader(
+    kvm_run, "exit_reason", "io.direction", "io.size", "io.port", "io.count", "io.data_offset"
+).unpack_from
+"""exit_reason and what KVM_EXIT_IO has: one unpacking on the hot path."""
+_REASON_AND_FAULT: Final = reader(
+    kvm_run, "exit_reason", "memory_fault.flags", "memory_fault.gpa", "memory_fault.size"
+).unpack_from
+_MMIO: Final = reader(kvm_run, "mmio.phys_addr", "mmio.data", "mmio.len", "mmio.is_write").unpack_from
+_FAIL_ENTRY: Final = reader(kvm_run, "fail_entry.hardware_entry_failure_reason", "fail_entry.cpu").unpack_from
+_DEBUG: Final = reader(kvm_run, *(f"debug.arch.{name}" for name in ("exception", "pc", "dr6", "dr7"))).unpack_from
+_INTERNAL: Final = reader(kvm_run, "internal.suberror", "internal.ndata", "internal.data").unpack_from
+_SYSTEM_EVENT: Final = reader(kvm_run, "system_event.type", "system_event.ndata", "system_event.data").unpack_from
+_HYPERCALL: Final = reader(kvm_run, "hypercall.nr", "hypercall.args", "hypercall.flags").unpack_from
+_MSR: Final = reader(kvm_run, "msr.reason", "msr.index", "msr.data").unpack_from
+_TPR_ACCESS: Final = reader(kvm_run, "tpr_access.rip", "tpr_access.is_write").unpack_from
+_EOI_VECTOR: Final = reader(kvm_run, "eoi.vector").unpack_from
+_NOTIFY: Final = reader(kvm_run, "notify.flags").unpack_from
 
 
 def _mmio(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    phys_addr, data, length, is_write = _MMIO(page, UNION)
+    phys_addr, data, length, is_write = _MMIO(page)
     return Mmio(phys_addr, data[:length] if is_write else b"", length, bool(is_write), vcpu, serial)
 
 
 def _fail_entry(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    return more.FailEntry(*_FAIL_ENTRY(page, UNION))
+    return FailEntry(*_FAIL_ENTRY(page))
 
 
 def _debug(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    return more.Debug(*_DEBUG(page, UNION))
+    return Debug(*_DEBUG(page))
 
 
 def _internal_error(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    suberror, count, *data = _COUNTED(page, UNION)
-    return more.InternalError(suberror, tuple(data[:count]))
+    suberror, count, *data = _INTERNAL(page)
+    return InternalError(suberror, tuple(data[:count]))
 
 
 def _system_event(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    kind, count, *data = _COUNTED(page, UNION)
-    return more.SystemEvent(kind, tuple(data[:count]))
+    kind, count, *data = _SYSTEM_EVENT(page)
+    return SystemEvent(kind, tuple(data[:count]))
 
 
 def _hypercall(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    nr, *args, flags = _HYPERCALL(page, UNION)
-    return more.Hypercall(nr, tuple(args), flags, vcpu, serial)
+    nr, *args, flags = _HYPERCALL(page)
+    return Hypercall(nr, tuple(args), flags, vcpu, serial)
 
 
 def _rdmsr(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    reason, index, _ = _MSR(page, UNION)
-    return more.X86Rdmsr(index, 0, reason, vcpu, serial)  # data is an output here: what is there is not this MSR's
+    reason, index, _ = _MSR(page)
+    return X86Rdmsr(index, 0, reason, vcpu, serial)  # data is an output here: what is there is not this MSR's
 
 
 def _wrmsr(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    reason, index, data = _MSR(page, UNION)
-    return more.X86Wrmsr(index, data, reason, vcpu, serial)
+    reason, index, data = _MSR(page)
+    return X86Wrmsr(index, data, reason, vcpu, serial)
 
 
 def _tpr_access(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    rip, is_write = _TPR_ACCESS(page, UNION)
-    return more.TprAccess(rip, bool(is_write))
+    rip, is_write = _TPR_ACCESS(page)
+    return TprAccess(rip, bool(is_write))
 
 
 def _ioapic_eoi(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    return more.IoapicEoi(page[UNION])
+    return IoapicEoi(*_EOI_VECTOR(page))
 
 
 def _notify(page: memoryview, vcpu: Vcpu | None, serial: int) -> Exit:
-    return more.Notify(_U32(page, UNION)[0])
+    return Notify(*_NOTIFY(page))
 
 
 def _plain(kind: type[Exit]) -> Decoder:
@@ -107,14 +119,14 @@ DECODERS: Final[dict[int, Decoder]] = {
     **{
         kind.exit_reason: _plain(kind)
         for kind in (
-            more.Hlt,
-            more.Shutdown,
-            more.IrqWindowOpen,
-            more.DirtyRingFull,
-            more.Nmi,
-            more.SetTpr,
-            more.X86BusLock,
-            more.ApResetHold,
+            Hlt,
+            Shutdown,
+            IrqWindowOpen,
+            DirtyRingFull,
+            Nmi,
+            SetTpr,
+            X86BusLock,
+            ApResetHold,
         )
     },
 }
