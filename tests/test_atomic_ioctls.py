@@ -273,7 +273,7 @@ def test_open_mmap_and_close_leave_all_or_nothing(world: World) -> None:
     for got in at_each(backend.open, stop):
         for fd in soft_descriptors() - {world.kvm, world.vm, world.vcpu}:
             backend.close(fd)
-        assert isinstance(got, (int, Stop)) and len(FILES) == 3
+        assert isinstance(got, int | Stop) and len(FILES) == 3
     mapped = vcpu_mappings()
     for got in at_each(lambda: backend.mmap(world.vcpu, PAGE, 0), stop):
         if isinstance(got, int):
