@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 import anykvm
 from anykvm.abi import KVM_CAP_GUEST_MEMFD_FLAGS
@@ -108,7 +109,7 @@ def _counted(number: signal.Signals) -> Iterator[list[int]]:
     signal.signal(number, old)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: TerminalReporter) -> None:
     """Name what was not tested, backends and what this machine lacks: it must not look like what was."""
     for found in _PROBES.values():
         if not found.usable:
