@@ -78,6 +78,7 @@ unshare --mount --pid --fork bash -ec '
     mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
     ln -s pts/ptmx "$root/dev/ptmx"
     ln -s /proc/self/fd "$root/dev/fd"
+    for stream in stdin:0 stdout:1 stderr:2; do ln -s "/proc/self/fd/${stream#*:}" "$root/dev/${stream%:*}"; done
     exec chroot --userspec=newcomer:newcomer "$root" /usr/bin/env -i "$@"
 ' _ HOME=/home/newcomer PATH=/usr/local/bin:/usr/bin:/bin LANG=C.UTF-8 TERM=dumb "${network[@]}" \
     bash -c "cd ~/anykvm && $commands"
