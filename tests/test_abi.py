@@ -164,4 +164,6 @@ def test_a_type_checker_sees_a_misspelt_member(tmp_path: Path) -> None:
         cwd=tmp_path,
         env={**os.environ, "MYPYPATH": str(ROOT / "src")},
     )
-    assert [line.split(":")[1] for line in done.stdout.splitlines()[:-1]] == ["4", "5"], done.stdout + done.stderr
+    assert [line.split(":")[1] for line in done.stdout.splitlines() if line.startswith("program.py")] == ["4", "5"], (
+        done.stdout + done.stderr
+    )
